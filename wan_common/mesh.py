@@ -1,0 +1,110 @@
+"""Devices and hosts to a Mesh with the axes dp (CFG batch), sp (sequence) and tp (heads and features)."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from wan_common.errors import UsageError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+AXES = ("dp", "sp", "tp")
+logger = logging.getLogger("mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh axes; their product is the number of devices."""
+
+    dp: int = 1
+    sp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return self.dp * self.sp * self.tp
+
+    def __str__(self) -> str:
+        return f"dp {self.dp} x sp {self.sp} x tp {self.tp}"
+
+
+def choose_mesh_shape(
+    devices: int, batch: int, *, use_dp: bool = True, dp: int | None = None, sp: int | None = None, tp: int | None = None
+) -> MeshShape:
+    """Sizes of the axes for ``devices`` devices and ``batch`` rows (2 with classifier-free guidance, else 1).
+
+    Without ``dp`` the batch is split over two halves of the devices when it can be. Of ``sp`` and ``tp`` the one that was
+    given is kept and the other takes the rest; with neither, ``sp`` takes it (docs/LOG.md: all-to-all of the heads moves
+    less than the gathers and reductions of tensor parallelism, and norms are computed once).
+
+    Raises:
+        UsageError: the sizes do not multiply to the number of devices, or dp does not divide the batch.
+    """
+    if dp is None:
+        dp = 2 if use_dp and batch % 2 == 0 and devices % 2 == 0 else 1
+    for name, size in (("dp", dp), ("sp", sp), ("tp", tp)):
+        if size is not None and (size < 1 or devices % size):
+            raise UsageError(f"--{name} {size}: does not divide the {devices} devices found; choose a divisor of {devices}")
+    if batch % dp:
+        raise UsageError(f"--dp {dp}: the batch has {batch} row(s) (2 with guidance_scale > 1); choose --dp 1")
+    rest = devices // dp if devices % dp == 0 else 0
+    if sp is None and tp is None:
+        sp, tp = rest, 1
+    elif sp is None:
+        sp = rest // tp if tp and rest % tp == 0 else 0
+    elif tp is None:
+        tp = rest // sp if rest % sp == 0 else 0
+    shape = MeshShape(dp, sp or 0, tp or 0)
+    if shape.size != devices:
+        raise UsageError(f"--dp {dp} --sp_num {sp} --tp {tp} make {shape.size} devices, {devices} were found; leave one of them out")
+    return shape
+
+
+def make_mesh(shape: MeshShape, devices: list | None = None) -> Mesh:
+    """A Mesh of ``shape`` over ``devices`` (default: all of :func:`jax.devices`), laid out for the chips' links."""
+    import jax
+    import numpy as np
+    from jax.experimental import mesh_utils
+    from jax.sharding import Mesh
+
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = (shape.dp, shape.sp, shape.tp)
+    if devices[0].platform == "tpu":
+        array = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
+    else:
+        array = np.array(devices).reshape(sizes)
+    return Mesh(array, AXES)
+
+
+def prepare_jax(cache_dir: str | None = None) -> None:
+    """Set JAX up once, before its first use: the platform, and the persistent compilation cache.
+
+    ``JAX_PLATFORMS`` and ``JAX_COMPILATION_CACHE_DIR`` are respected. With libtpu installed on a machine that has no TPU,
+    JAX tries for it with noisy warnings before it takes the CPU (FACTS), so the platform is named when no device file is there.
+    """
+    accelerators = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/nvidia[0-9]*")
+    if "JAX_PLATFORMS" not in os.environ and not accelerators and "TPU_NAME" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        default = os.path.join(os.path.expanduser("~"), ".cache", "wan_tpu", "jax")
+        jax.config.update("jax_compilation_cache_dir", cache_dir or default)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # seed 001
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # seed 001
+
+
+def describe_devices() -> dict[str, object]:
+    """Platform, kind and count of the devices, for provenance."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count(),
+    }  # fmt: skip

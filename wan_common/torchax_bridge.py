@@ -1,0 +1,307 @@
+"""A stock torch module as a pure JAX function, and its weights streamed from disk into device shards.
+
+Modules are built on the meta device, so that a model costs no memory until its weights arrive. A stack of equal blocks is
+replaced by one :class:`ScannedBlocks`, so that the stock ``forward`` runs unchanged while one block is traced and compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+import torchax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from torchax.interop import jax_view, torch_view
+from tqdm import tqdm
+
+from wan_common.errors import ArtifactError
+from wan_common.sharding import Rule, weight_spec
+from wan_common.tensor_io import SafetensorsReader
+
+logger = logging.getLogger("weights")
+DTYPES: dict[str, np.dtype] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Params = dict[str, Any]
+
+
+def meta_module(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a module on the meta device, in eval mode; buffers that it computes for itself stay real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build().eval().requires_grad_(False)
+
+
+def call_module(module: torch.nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """Run ``module`` under torchax with ``params`` (JAX arrays by name) in place of its own; JAX values in, JAX values out."""
+    with torchax.default_env(), torch.no_grad():
+        out = torch.func.functional_call(module, torch_view(params), torch_view(args), torch_view(kwargs), tie_weights=False)
+        return jax_view(out)
+
+
+class ScannedBlocks(torch.nn.Module):
+    """Stands for a ModuleList of equal blocks: one ``jax.lax.scan`` over their stacked weights.
+
+    The stock forward loops ``for block in blocks: x = block(x, *args)``; with ``ModuleList([ScannedBlocks(...)])`` that
+    loop has one turn and the scan inside makes the rest. ``bind`` gives the stacked weights of the call being traced.
+
+    Args:
+        block: one block on the meta device (not registered as a child: it owns no weights).
+        gather: constraint put on the weights of a block before use (FSDP). The weights of block i + 1 are gathered while
+            block i computes: they travel in the scan's carry.
+        enter, leave: applied to the hidden states before the first and after the last block (padding, sharding).
+        between: applied to the hidden states after each block (sharding).
+    """
+
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        *,
+        gather: Callable[[Params], Params] | None = None,
+        enter: Callable[[jax.Array], jax.Array] | None = None,
+        between: Callable[[jax.Array], jax.Array] | None = None,
+        leave: Callable[[jax.Array], jax.Array] | None = None,
+    ):
+        super().__init__()
+        self._block = (block,)
+        self._gather, self._enter, self._between, self._leave = gather, enter, between, leave
+        self._stacked: Params | None = None
+        self.collect: Callable[[], Any] | None = None  # what a block leaves behind, taken after each block
+        self.collected: Any = None  # the same, stacked over blocks, after the scan
+
+    @property
+    def block(self) -> torch.nn.Module:
+        """The block that every turn of the scan runs."""
+        return self._block[0]
+
+    def bind(self, stacked: Params) -> None:
+        """Use ``stacked`` (names relative to a block, leading axis = blocks) in the next call."""
+        self._stacked = stacked
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run all blocks on ``hidden_states``; the other arguments go to every block."""
+        stacked, self._stacked = self._stacked, None
+        assert stacked is not None, "bind() the stacked weights first"
+        x, jax_args, jax_kwargs = jax_view(hidden_states), jax_view(args), jax_view(kwargs)
+        if self._enter:
+            x = self._enter(x)
+
+        def run(x: jax.Array, weights: Params) -> tuple[jax.Array, Any]:
+            x = call_module(self.block, weights, x, *jax_args, **jax_kwargs)
+            return (self._between(x) if self._between else x), (self.collect() if self.collect else None)
+
+        if self._gather is None:
+            x, self.collected = jax.lax.scan(run, x, stacked)
+        else:
+            gather = self._gather
+
+            def run_and_gather(carry: tuple[jax.Array, Params], following: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
+                x, weights = carry
+                fetched = gather(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, following, keepdims=False), stacked))
+                x, left = run(x, weights)
+                return (x, fetched), left
+
+            count = next(iter(stacked.values())).shape[0]
+            first = gather(jax.tree.map(lambda w: w[0], stacked))
+            (x, _), self.collected = jax.lax.scan(run_and_gather, (x, first), jnp.arange(1, count + 1) % count)
+        if self._leave:
+            x = self._leave(x)
+        return torch_view(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Where one parameter comes from and where it goes.
+
+    Attributes:
+        sources: names in the checkpoint; several when blocks are stacked (one a block, in order).
+        stacked: whether there is a leading blocks axis.
+        rows: a permutation of the first axis of each source, or None.
+        value: for buffers that no checkpoint holds.
+    """
+
+    struct: jax.ShapeDtypeStruct
+    sources: tuple[str, ...]
+    stacked: bool = False
+    rows: np.ndarray | None = None
+    value: np.ndarray | None = None
+
+
+def plan_weights(
+    model: torch.nn.Module,
+    blocks_prefix: str | None,
+    rules: tuple[Rule, ...],
+    mesh: Mesh,
+    dtype: str,
+    *,
+    fsdp: bool = False,
+    keep_fp32: tuple[str, ...] = (),
+    skip: tuple[str, ...] = (),
+    permute_rows: Callable[[str], np.ndarray | None] = lambda name: None,
+) -> dict[str, Weight]:
+    """What to load, as what and where: one entry a parameter or buffer; blocks under ``blocks_prefix`` stacked under ``*``.
+
+    Args:
+        model: the stock module on the meta device, its blocks not yet replaced.
+        blocks_prefix: e.g. ``"blocks"``: ``blocks.7.x`` becomes row 7 of ``blocks.*.x``.
+        dtype: "bfloat16" or "float32"; names with a part in ``keep_fp32`` stay float32 (diffusers' rule).
+        skip: names that are not wanted (tied weights).
+        permute_rows: starred name -> permutation of the first axis, or None.
+    """
+    groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        if name in skip:
+            continue
+        starred = re.sub(rf"^{re.escape(blocks_prefix)}\.\d+\.", f"{blocks_prefix}.*.", name) if blocks_prefix else name
+        groups.setdefault(starred, []).append((name, tensor))
+    plan = {}
+    for starred, members in groups.items():
+        stacked = "*" in starred
+        tensor = members[0][1]
+        shape = ((len(members),) if stacked else ()) + tuple(tensor.shape)
+        kept = any(part in keep_fp32 for part in starred.split("."))
+        spec = weight_spec(rules, starred, shape, mesh, fsdp=fsdp, stacked=stacked)
+        struct = jax.ShapeDtypeStruct(
+            shape, np.dtype(np.float32) if kept else DTYPES[dtype], sharding=NamedSharding(mesh, spec)
+        )
+        value = None if tensor.is_meta else tensor.detach().numpy()
+        plan[starred] = Weight(struct, tuple(n for n, _ in members), stacked, permute_rows(starred), value)
+    return plan
+
+
+def split_blocks(params: Params, blocks_prefix: str) -> tuple[Params, Params]:
+    """``(stacked weights by their name inside a block, all others)``."""
+    prefix = f"{blocks_prefix}.*."
+    stacked = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+    return stacked, {name: value for name, value in params.items() if not name.startswith(prefix)}
+
+
+class Checkpoint:
+    """The safetensors files of one component folder (one file, or shards with an index), opened once.
+
+    Raises:
+        ArtifactError: no weights in the folder, or a file that is missing or truncated.
+    """
+
+    def __init__(self, folder: Path):
+        remedy = f"download the model again, or choose another with --model_id (its folder is {folder})"
+        index = sorted(folder.glob("*.safetensors.index.json"))
+        if index:
+            try:
+                files = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ArtifactError(f"{index[0]}: not a safetensors index ({error!r}); {remedy}") from error
+        else:
+            files = [path.name for path in sorted(folder.glob("*.safetensors"))][:1]
+        if not files:
+            raise ArtifactError(f"{folder}: no *.safetensors weights found; {remedy}")
+        self.folder = folder
+        self.readers = [SafetensorsReader(folder / name, remedy) for name in files]
+        self.where = {name: reader for reader in self.readers for name in reader.tensors}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self.readers:
+            reader.close()
+
+    def reader(self, name: str, shape: tuple[int, ...]) -> SafetensorsReader:
+        """The file that holds ``name``.
+
+        Raises:
+            ArtifactError: no file does, or with another shape than the model's config asks for.
+        """
+        if name not in self.where:
+            raise ArtifactError(f"{self.folder}: the weights have no {name!r}, which the config asks for; download the model again")
+        found = self.where[name].tensors[name][1]
+        if found != shape:
+            raise ArtifactError(
+                f"{self.where[name].path}: {name} is {list(found)}, the config asks for {list(shape)}; download the model again"
+            )
+        return self.where[name]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array aligned to 64 bytes: JAX's CPU client then takes it without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def load_weights(plan: dict[str, Weight], folder: Path, progress: str) -> Params:
+    """Stream the weights of ``plan`` from ``folder`` into their device shards.
+
+    Each process reads only what its devices hold. A shard is filled in place, block by block, from the page cache, so that
+    the memory above the weights themselves stays at one source tensor (plus, off the CPU, one shard on its way to the device).
+
+    Raises:
+        ArtifactError: missing, truncated or misfitting weights.
+    """
+    params: Params = {}
+    with Checkpoint(folder) as checkpoint:
+        for name, weight in tqdm(plan.items(), desc=progress, unit="weight", leave=False):
+            params[name] = _load_one(checkpoint, weight)
+    return params
+
+
+def _load_one(checkpoint: Checkpoint, weight: Weight) -> jax.Array:
+    struct = weight.struct
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    arrays = []
+    for device, index in struct.sharding.addressable_devices_indices_map(struct.shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True))
+        if bounds not in shards:
+            shards[bounds] = _fill_shard(checkpoint, weight, tuple(slice(*b) for b in bounds))
+        arrays.append(jax.device_put(shards[bounds], device))
+    return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, arrays)
+
+
+def _fill_shard(checkpoint: Checkpoint, weight: Weight, index: tuple[slice, ...]) -> np.ndarray:
+    struct = weight.struct
+    out = _aligned_empty(tuple(s.stop - s.start for s in index), np.dtype(struct.dtype))
+    if weight.value is not None:
+        out[...] = weight.value[index]
+        return out
+    shape, inner = (struct.shape[1:], index[1:]) if weight.stacked else (struct.shape, index)
+    for row, source in enumerate(weight.sources):
+        reader = checkpoint.reader(source, tuple(shape))
+        target = out[row] if weight.stacked else out
+        if weight.rows is None:
+            reader.read_into(source, target, inner)
+        else:
+            target[...] = reader.read(source)[weight.rows[inner[0]]][(slice(None), *inner[1:])].astype(out.dtype, copy=False)
+    return out
+
+
+def abstract_params(plan: dict[str, Weight]) -> Params:
+    """The weights of ``plan`` as ShapeDtypeStructs with their shardings, for compiling without loading."""
+    return {name: weight.struct for name, weight in plan.items()}
+
+
+def gather_constraint(plan: dict[str, Weight], blocks_prefix: str, mesh: Mesh) -> Callable[[Params], Params]:
+    """The constraint that undoes FSDP on one block's weights: each as its rule says without the fsdp axes."""
+    prefix = f"{blocks_prefix}.*."
+    shardings = {}
+    for name, weight in plan.items():
+        if name.startswith(prefix):
+            entries = [tuple(a for a in (e if isinstance(e, tuple) else (e,)) if a == "tp") or None
+                       for e in (*weight.struct.sharding.spec,)[1:]]  # fmt: skip
+            shardings[name.removeprefix(prefix)] = NamedSharding(mesh, PartitionSpec(*entries))
+
+    def gather(weights: Params) -> Params:
+        return {name: jax.lax.with_sharding_constraint(w, shardings[name]) for name, w in weights.items()}
+
+    return gather
