@@ -1,0 +1,490 @@
+"""Flash attention for TPU in Pallas, exact for every input: config, kernel, wrapper and the block-size table.
+
+What differs from the textbook online softmax is the order of work, not the result. The chain max -> exp2 -> rescale
+between two matmuls starves the MXU (0.50-0.73 of the structural roofline on v6e, docs/KERNEL.md), so the inner loop
+here knows its reference before it starts: after each block of keys the reference of every query moves to the exponent
+of its running sum, and the next block is computed as exp2(score - reference) with no maximum, no rescaling and no
+wait. That is exact unless one block raises a row's sum by more than 2**64; the sum itself says so (it passes the limit
+or overflows), the state from before the block is still there, and the block is done again with the textbook recurrence.
+
+Layout: scores are K.Q^T, [keys, queries], so that reductions over keys run over sublanes. log2(e) and the softmax scale
+are folded into the query in fp32 and the product is kept as a sum of two bf16 numbers where the MXU is 256 deep (both
+halves of the contraction are then in use, at no cost); elsewhere the fp32 scores are multiplied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LOG2_E = math.log2(math.e)
+HEAD_DIMS = (64, 128, 256)
+# A step may raise a row's sum to this before it is done again. p <= 2**64 leaves p.v finite for |v| < 2**63.
+SUM_LIMIT = 2.0**64
+# Stands for minus infinity: exp2 of it is 0, and it never makes inf - inf.
+MASKED = -1e30
+
+_CONTRACT_LAST = (((1,), (1,)), ((), ()))  # [m, d] x [n, d] -> [m, n]
+_CONTRACT_FIRST = (((0,), (0,)), ((), ()))  # [k, d] x [k, n] -> [d, n]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Tile sizes of the kernel, in tokens.
+
+    block_q: queries a grid step holds; a multiple of 128.
+    block_kv: keys a grid step reads from HBM; a multiple of block_kv_compute.
+    block_kv_compute: keys of one K.Q^T matmul, issued before the previous tile's softmax; a multiple of the next.
+    block_kv_compute_inner: keys of one exp2 and P.V matmul; a multiple of 128.
+    """
+
+    block_q: int
+    block_kv: int
+    block_kv_compute: int
+    block_kv_compute_inner: int
+
+    def __post_init__(self) -> None:
+        if self.block_q <= 0 or self.block_q % 128:
+            raise ValueError(f"block_q is {self.block_q}, wanted a positive multiple of 128")
+        if self.block_kv_compute_inner <= 0 or self.block_kv_compute_inner % 128:
+            raise ValueError(
+                f"block_kv_compute_inner is {self.block_kv_compute_inner}, wanted a positive multiple of 128"
+            )
+        if self.block_kv_compute <= 0 or self.block_kv_compute % self.block_kv_compute_inner:
+            raise ValueError(
+                f"block_kv_compute is {self.block_kv_compute}, wanted a positive multiple of "
+                f"block_kv_compute_inner {self.block_kv_compute_inner}"
+            )
+        if self.block_kv <= 0 or self.block_kv % self.block_kv_compute:
+            raise ValueError(
+                f"block_kv is {self.block_kv}, wanted a positive multiple of block_kv_compute {self.block_kv_compute}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """Everything static about one call; lengths are the real ones, arrays may be longer."""
+
+    blocks: BlockSizes
+    q_len: int
+    kv_len: int
+    head_dim: int
+    scale: float  # softmax scale x log2(e): scores are in log2 units
+    folding: str  # where the scale goes: "query" (fp32), "split" (two bf16 halves of the query) or "scores"
+    window: int | None
+    vmem_limit_bytes: int
+
+    @property
+    def precision(self) -> lax.Precision:
+        # fp32 operands would otherwise be rounded to bf16 by the MXU.
+        return lax.Precision.HIGHEST if self.folding == "query" else lax.Precision.DEFAULT
+
+    @property
+    def kv_steps(self) -> int:
+        return pl.cdiv(self.kv_len, self.blocks.block_kv)
+
+    def prepare_query(self, q: jax.Array, i: jax.Array) -> jax.Array:
+        """Query block [block_q, D] as the operand of :meth:`scores`; rows past q_len become zeros."""
+        row = i * self.blocks.block_q + lax.broadcasted_iota(jnp.int32, q.shape, 0)
+        q = jnp.where(row < self.q_len, q, jnp.zeros_like(q))
+        if self.folding == "scores":
+            return q
+        scaled = q.astype(jnp.float32) * self.scale
+        if self.folding == "query":
+            return scaled
+        high = scaled.astype(q.dtype)
+        return jnp.concatenate([high, (scaled - high.astype(jnp.float32)).astype(q.dtype)], axis=1)
+
+    def scores(self, k: jax.Array, q: jax.Array) -> jax.Array:
+        """[keys, D] x prepared query -> fp32 scores [keys, block_q] in log2 units."""
+        if self.folding == "split":
+            k = jnp.concatenate([k, k], axis=1)
+        s = lax.dot_general(k, q, _CONTRACT_LAST, precision=self.precision, preferred_element_type=jnp.float32)
+        return s * self.scale if self.folding == "scores" else s
+
+    def weighted(self, v: jax.Array, p: jax.Array) -> jax.Array:
+        """[keys, D] x [keys, block_q] -> fp32 [D, block_q]."""
+        return lax.dot_general(
+            v, p.astype(v.dtype), _CONTRACT_FIRST, precision=self.precision, preferred_element_type=jnp.float32
+        )
+
+
+def _sublane_sums(p: jax.Array) -> jax.Array:
+    """[8 n, block_q] -> [8, block_q]: adds of whole registers; the 8 rows are added once a step, not once a tile."""
+    return p.reshape(p.shape[0] // 8, 8, p.shape[1]).sum(axis=0)
+
+
+def _broadcast_row(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x, (8, x.shape[1]))
+
+
+def _minus(s: jax.Array, reference: jax.Array) -> jax.Array:
+    """s [8 n, block_q] - reference [8, block_q] whose rows are equal."""
+    return (s.reshape(s.shape[0] // 8, 8, s.shape[1]) - reference[None]).reshape(s.shape)
+
+
+def _online_tile(
+    problem: _Problem, s: jax.Array, v: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The textbook recurrence for masked scores s [keys, block_q]; state is (reference, partial sums, accumulator)."""
+    m, l, acc = state
+    # Whole numbers, so that rescaling by exp2 of their difference is exact.
+    m_new = jnp.maximum(m, _broadcast_row(jnp.ceil(s.max(axis=0, keepdims=True))))
+    shrink = jnp.exp2(m - m_new)
+    p = jnp.exp2(_minus(s, m_new))
+    return m_new, l * shrink + _sublane_sums(p), acc * shrink[0:1] + problem.weighted(v, p)
+
+
+def _finish(o_ref, l: jax.Array, acc: jax.Array) -> None:
+    o_ref[...] = (acc / l.sum(axis=0, keepdims=True)).T.astype(o_ref.dtype)
+
+
+def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, redo_ref, *, problem: _Problem):
+    """All keys for every query. Grid: (batch x heads, query blocks, key blocks).
+
+    m_ref [2, 8, block_q] reference of each query in log2 units, l_ref [2, 8, block_q] its sum over keys in 8 parts,
+    acc_ref [2, D, block_q] its weighted values; index j % 2 is the state before step j, the other the one after.
+    """
+    i, j = pl.program_id(1), pl.program_id(2)
+    b, kv_len, last = problem.blocks, problem.kv_len, problem.kv_steps - 1
+    before, after = lax.rem(j, 2), 1 - lax.rem(j, 2)
+
+    @pl.when(j == 0)
+    def _():
+        q = problem.prepare_query(q_ref[...], i)
+        qs_ref[...] = q
+        first = min(b.block_kv_compute_inner, kv_len)
+        rows = -(-first // 16) * 16
+        s = problem.scores(k_ref[0:rows, :], q)
+        if first < rows:
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < first, s, MASKED)
+        m_ref[0] = _broadcast_row(jnp.ceil(s.max(axis=0, keepdims=True)))
+        l_ref[0] = jnp.zeros(l_ref.shape[1:], jnp.float32)
+        acc_ref[0] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
+
+    def moved_reference() -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Reference and sums of the step, and the power of two that brings the old state to that reference."""
+        l = l_ref[before]
+        bits = lax.bitcast_convert_type(l.sum(axis=0, keepdims=True), jnp.int32)
+        exponent = jnp.maximum((bits >> 23) - 127, 0)  # of 0 before the first step
+        shrink = _broadcast_row(lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32))
+        return m_ref[before] + _broadcast_row(exponent.astype(jnp.float32)), l * shrink, shrink
+
+    def step(keys: int) -> None:
+        """One step over the first `keys` rows of the block; the rows after them are not keys and may hold anything."""
+        q = qs_ref[...]
+        m, l, shrink = moved_reference()
+        acc = acc_ref[before] * shrink[0:1]
+        starts = range(0, keys, b.block_kv_compute)
+
+        def tile(start: int, size: int) -> tuple[int, int, bool]:
+            """Start, rows and raggedness of a tile of `size` that may reach past `keys`."""
+            valid = min(size, keys - start)
+            rows = min(-(-valid // 128) * 128, b.block_kv - start)
+            return start, rows, rows > valid
+
+        def tile_scores(start: int) -> jax.Array:
+            start, rows, _ = tile(start, b.block_kv_compute)
+            return problem.scores(k_ref[start : start + rows, :], q)
+
+        s_next = tile_scores(0)
+        for n, start in enumerate(starts):
+            s = s_next
+            if n + 1 < len(starts):
+                s_next = tile_scores(starts[n + 1])
+            for inner in range(start, min(start + b.block_kv_compute, keys), b.block_kv_compute_inner):
+                inner, rows, ragged = tile(inner, b.block_kv_compute_inner)
+                part = _minus(s[inner - start : inner - start + rows, :], m)
+                v = v_ref[inner : inner + rows, :]
+                if ragged:
+                    part = jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 0) < keys - inner, part, MASKED)
+                    v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < keys - inner, v, jnp.zeros_like(v))
+                p = jnp.exp2(part)
+                l = l + _sublane_sums(p)
+                acc = acc + problem.weighted(v, p)
+        m_ref[after], l_ref[after], acc_ref[after] = m, l, acc
+        # A sum of sums: NaN and infinity reach it, and it is within block_q of the largest.
+        redo_ref[0] = jnp.where(jnp.sum(l) <= SUM_LIMIT, 0, 1)
+
+    tail = kv_len - last * b.block_kv
+    if tail == b.block_kv:
+        step(b.block_kv)
+    else:
+        pl.when(j < last)(lambda: step(b.block_kv))
+        pl.when(j == last)(lambda: step(tail))
+
+    @pl.when(redo_ref[0] != 0)
+    def _():
+        q = qs_ref[...]
+        m, l, shrink = moved_reference()
+        m_ref[after], l_ref[after], acc_ref[after] = m, l, acc_ref[before] * shrink[0:1]
+        size = b.block_kv_compute_inner
+
+        def body(t: jax.Array, carry: None) -> None:
+            start = pl.multiple_of(t * size, size)
+            left = kv_len - j * b.block_kv - start
+            s = problem.scores(k_ref[pl.ds(start, size), :], q)
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < left, s, MASKED)
+            v = v_ref[pl.ds(start, size), :]
+            v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, jnp.zeros_like(v))
+            m_ref[after], l_ref[after], acc_ref[after] = _online_tile(
+                problem, s, v, (m_ref[after], l_ref[after], acc_ref[after])
+            )
+
+        lax.fori_loop(0, b.block_kv // size, body, None)
+
+    @pl.when(j == last)
+    def _():
+        _finish(o_ref, l_ref[after], acc_ref[after])
+
+
+def _window_range(i, problem: _Problem) -> tuple:
+    """First and last key block that query block i can see."""
+    b, w = problem.blocks, problem.window
+    first = jnp.maximum(i * b.block_q - w, 0) // b.block_kv
+    return first, jnp.minimum((i * b.block_q + b.block_q - 1 + w) // b.block_kv, problem.kv_steps - 1)
+
+
+def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *, problem: _Problem):
+    """Keys with |i - j| <= window. Grid: (batch x heads, query blocks, key blocks a query block can see)."""
+    i, step = pl.program_id(1), pl.program_id(2)
+    b = problem.blocks
+    first, last = _window_range(i, problem)
+    j = first + step
+
+    @pl.when(step == 0)
+    def _():
+        qs_ref[...] = problem.prepare_query(q_ref[...], i)
+        m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
+        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+
+    @pl.when(j <= last)
+    def _():
+        q = qs_ref[...]
+        size = b.block_kv_compute_inner
+
+        def body(t: jax.Array, carry: None) -> None:
+            start = pl.multiple_of(t * size, size)
+            s = problem.scores(k_ref[pl.ds(start, size), :], q)
+            key = j * b.block_kv + start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
+            query = i * b.block_q + lax.broadcasted_iota(jnp.int32, s.shape, 1)
+            seen = (key < problem.kv_len) & (jnp.abs(key - query) <= problem.window)
+            v = v_ref[pl.ds(start, size), :]
+            row = j * b.block_kv + start + lax.broadcasted_iota(jnp.int32, v.shape, 0)
+            v = jnp.where(row < problem.kv_len, v, jnp.zeros_like(v))
+            # A row that has seen no key yet counts masked ones at exp2(0); its first real key shrinks them to zero.
+            state = _online_tile(problem, jnp.where(seen, s, MASKED), v, (m_ref[...], l_ref[...], acc_ref[...]))
+            m_ref[...], l_ref[...], acc_ref[...] = state
+
+        lax.fori_loop(0, b.block_kv // size, body, None)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+        _finish(o_ref, l_ref[...], acc_ref[...])
+
+
+def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem, interpret: bool) -> jax.Array:
+    """query [N, >= q_len, D], key and value [N / group, >= kv_len, D] -> [N, rows of query, D]."""
+    b, d = problem.blocks, problem.head_dim
+    group = query.shape[0] // key.shape[0]
+    q_steps = pl.cdiv(problem.q_len, b.block_q)
+    f32 = jnp.float32
+    if problem.window is None:
+        # A fresh partial each call: jax 0.10 has an open bug with one kernel object under several grids.
+        kernel, kv_steps, states = functools.partial(_full_kernel, problem=problem), problem.kv_steps, (2,)
+
+        def kv_index(h, i, j):
+            return h // group, j, 0
+    else:
+        kernel, states = functools.partial(_window_kernel, problem=problem), ()
+        kv_steps = max(
+            int(last) - int(first) + 1 for first, last in (_window_bounds(i, problem) for i in range(q_steps))
+        )
+
+        def kv_index(h, i, j):
+            first, last = _window_range(i, problem)
+            return h // group, jnp.minimum(first + j, last), 0
+
+    q_rows = b.block_q
+    scratch = [
+        pltpu.VMEM((q_rows, d * (2 if problem.folding == "split" else 1)), query.dtype),
+        pltpu.VMEM((*states, 8, q_rows), f32),
+        pltpu.VMEM((*states, 8, q_rows), f32),
+        pltpu.VMEM((*states, d, q_rows), f32),
+    ]
+    if problem.window is None:
+        scratch.append(pltpu.SMEM((1,), jnp.int32))
+    return pl.pallas_call(
+        kernel,
+        grid=(query.shape[0], q_steps, kv_steps),
+        in_specs=[
+            pl.BlockSpec((None, q_rows, d), lambda h, i, j: (h, i, 0)),
+            pl.BlockSpec((None, b.block_kv, d), kv_index),
+            pl.BlockSpec((None, b.block_kv, d), kv_index),
+        ],
+        out_specs=pl.BlockSpec((None, q_rows, d), lambda h, i, j: (h, i, 0)),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=problem.vmem_limit_bytes
+        ),
+        interpret=interpret,
+        name="splash_attention",
+    )(query, key, value)
+
+
+def _window_bounds(i: int, problem: _Problem) -> tuple[int, int]:
+    b, w = problem.blocks, problem.window
+    first = max(i * b.block_q - w, 0) // b.block_kv
+    return first, min((i * b.block_q + b.block_q - 1 + w) // b.block_kv, problem.kv_steps - 1)
+
+
+def chip_name() -> str:
+    """Chip that the surrounding trace compiles for: v4, v5e, v5p, v6e or tpu7x.
+
+    Inside ``jax.set_mesh`` of a described topology that is the topology's chip, else the first device's.
+    Raises ValueError where that is no TPU.
+    """
+    version = str(pltpu.get_tpu_info().chip_version)
+    return {"7x": "tpu7x", "7": "tpu7x"}.get(version, version)
+
+
+def _checked_chip(chip: str) -> str:
+    if chip not in _CHIPS:
+        raise ValueError(f"chip is {chip!r}, wanted one of {', '.join(_CHIPS)}")
+    return chip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    mxu_depth: int  # rows of the systolic array: what one pass contracts
+    vmem_limit_bytes: int  # what the kernel may use of a core's vector memory; the compiler's default is 16 MiB
+
+
+# Depths and capacities as jax.experimental.pallas.tpu.get_tpu_info lists them; the limit leaves the compiler its share.
+_CHIPS = {
+    "v4": _Chip(128, 15 * 2**20),
+    "v5e": _Chip(128, 110 * 2**20),
+    "v5p": _Chip(128, 56 * 2**20),
+    "v6e": _Chip(256, 110 * 2**20),
+    "tpu7x": _Chip(256, 56 * 2**20),
+}
+
+_TABLE = {
+    "v4": BlockSizes(1024, 1024, 512, 512),
+    "v5e": BlockSizes(2048, 2048, 512, 512),
+    "v5p": BlockSizes(2048, 2048, 512, 512),
+    "v6e": BlockSizes(2048, 4096, 1024, 1024),
+    "tpu7x": BlockSizes(2048, 2048, 512, 512),
+}
+
+
+def default_block_sizes(chip: str, length: int, head_dim: int = 128, kv_length: int | None = None) -> BlockSizes:
+    return _fit(_TABLE[_checked_chip(chip)], length, length if kv_length is None else kv_length)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _fit(blocks: BlockSizes, q_len: int, kv_len: int) -> BlockSizes:
+    """The same tiles cut down to arrays that are shorter than they are."""
+    inner = min(blocks.block_kv_compute_inner, _round_up(kv_len, 128))
+    compute = min(blocks.block_kv_compute // inner * inner, _round_up(kv_len, inner))
+    kv = min(blocks.block_kv // compute * compute, _round_up(kv_len, compute))
+    return BlockSizes(min(blocks.block_q, _round_up(q_len, 128)), kv, compute, inner)
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_sizes: BlockSizes | None = None,
+    scale: float | None = None,
+    window_size: int | None = None,
+    k_smooth: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(scale * query . key^T) . value.
+
+    Args:
+        query: [batch, heads, q_length, head_dim] float32 or bfloat16.
+        key, value: [batch, kv_heads, kv_length, head_dim], the query's dtype; heads must be a multiple of kv_heads, and
+            query head h attends to kv head h // (heads / kv_heads).
+        block_sizes: tiles; None takes the table's for the chip that is compiled for. Tiles longer than the arrays are
+            cut to them.
+        scale: of the scores; None is head_dim ** -0.5.
+        window_size: query i sees the keys j with |i - j| <= window_size; None is all keys.
+        k_smooth: subtract the mean key first. A constant added to all keys moves every score of a query alike, so the
+            result is the same; the rounding of p to bf16 isn't touched, that of the scores is smaller.
+        interpret: run the kernel's Python on any backend (tests) instead of compiling it for TPU.
+
+    Returns:
+        [batch, heads, q_length, head_dim] in the query's dtype; sums and products accumulate in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that the kernel doesn't support; says what was found and wanted.
+    """
+    _check(query, key, value, window_size)
+    batch, heads, q_len, head_dim = query.shape
+    kv_len = key.shape[2]
+    chip = "v6e" if interpret else _checked_chip(chip_name())
+    if block_sizes is None:
+        block_sizes = default_block_sizes(chip, q_len, head_dim, kv_len)
+    if query.dtype == jnp.float32:
+        folding = "query"
+    else:
+        # A 256-deep MXU contracts both halves in the pass that 128 would half fill.
+        folding = "split" if 2 * head_dim == _CHIPS[chip].mxu_depth else "scores"
+    if k_smooth:
+        key = (key - key.mean(axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    problem = _Problem(
+        blocks=_fit(block_sizes, q_len, kv_len),
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        scale=(head_dim**-0.5 if scale is None else float(scale)) * LOG2_E,
+        folding=folding,
+        window=window_size,
+        vmem_limit_bytes=_CHIPS[chip].vmem_limit_bytes,
+    )
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    return _call(*flat, problem, interpret).reshape(query.shape)
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, window_size: int | None) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
+        raise ValueError(
+            f"query, key, value are {query.shape}, {key.shape}, {value.shape}; wanted [batch, heads, length, head_dim] "
+            "with key and value alike"
+        )
+    if query.dtype not in (jnp.float32, jnp.bfloat16) or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(
+            f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; wanted all float32 or all bfloat16"
+        )
+    batch, heads, q_len, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(f"key is {key.shape}, wanted batch {batch} and head_dim {head_dim} as the query {query.shape}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, wanted one of {HEAD_DIMS}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"query has {heads} heads and key {key.shape[1]}; wanted a multiple")
+    if q_len == 0 or key.shape[2] == 0:
+        raise ValueError(f"lengths are {q_len} queries and {key.shape[2]} keys, wanted at least 1 of each")
+    if window_size is not None:
+        if window_size < 0:
+            raise ValueError(f"window_size is {window_size}, wanted None or at least 0")
+        if q_len - 1 - window_size > key.shape[2] - 1:
+            raise ValueError(
+                f"window_size is {window_size} with {q_len} queries and {key.shape[2]} keys: query {q_len - 1} would "
+                f"see no key; wanted at least {q_len - key.shape[2]}"
+            )
