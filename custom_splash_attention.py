@@ -30,6 +30,10 @@ HEAD_DIMS = (64, 128, 256)
 SUM_LIMIT = 2.0**64
 # Stands for minus infinity: exp2 of it is 0, and it never makes inf - inf.
 MASKED = -1e30
+# Keys whose maximum is the reference of the first step.
+FIRST_KEYS = 256
+# Keys of a tile when a step is done again; must divide every block_kv_compute_inner, so the least that is allowed.
+REDO_KEYS = 128
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))  # [m, d] x [n, d] -> [m, n]
 _CONTRACT_FIRST = (((0,), (0,)), ((), ()))  # [k, d] x [k, n] -> [d, n]
@@ -146,70 +150,67 @@ def _finish(o_ref, l: jax.Array, acc: jax.Array) -> None:
     o_ref[...] = (acc / l.sum(axis=0, keepdims=True)).T.astype(o_ref.dtype)
 
 
-def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, redo_ref, *, problem: _Problem):
+def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_ref, l0_ref, acc0_ref, redo_ref, *,
+                 problem: _Problem):  # fmt: skip
     """All keys for every query. Grid: (batch x heads, query blocks, key blocks).
 
-    m_ref [2, 8, block_q] reference of each query in log2 units, l_ref [2, 8, block_q] its sum over keys in 8 parts,
-    acc_ref [2, D, block_q] its weighted values; index j % 2 is the state before step j, the other the one after.
+    m_ref [8, block_q] is the reference of each query in log2 units (a whole number), l_ref [8, block_q] its sum over
+    keys in 8 parts, acc_ref [D, block_q] its weighted values. m0_ref, l0_ref and acc0_ref keep the state from before
+    the step: copying costs stores, of which there are plenty, where alternating between two halves of one scratch by
+    the step's parity cost 12% (the compiler cannot tell the halves apart, and orders their loads and stores).
     """
     i, j = pl.program_id(1), pl.program_id(2)
     b, kv_len, last = problem.blocks, problem.kv_len, problem.kv_steps - 1
-    before, after = lax.rem(j, 2), 1 - lax.rem(j, 2)
 
     @pl.when(j == 0)
     def _():
         q = problem.prepare_query(q_ref[...], i)
         qs_ref[...] = q
-        first = min(b.block_kv_compute_inner, kv_len)
+        first = min(b.block_kv_compute_inner, FIRST_KEYS, kv_len)
         rows = -(-first // 16) * 16
         s = problem.scores(k_ref[0:rows, :], q)
         if first < rows:
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < first, s, MASKED)
-        m_ref[0] = _broadcast_row(jnp.ceil(s.max(axis=0, keepdims=True)))
-        l_ref[0] = jnp.zeros(l_ref.shape[1:], jnp.float32)
-        acc_ref[0] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
-
-    def moved_reference() -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Reference and sums of the step, and the power of two that brings the old state to that reference."""
-        l = l_ref[before]
-        bits = lax.bitcast_convert_type(l.sum(axis=0, keepdims=True), jnp.int32)
-        exponent = jnp.maximum((bits >> 23) - 127, 0)  # of 0 before the first step
-        shrink = _broadcast_row(lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32))
-        return m_ref[before] + _broadcast_row(exponent.astype(jnp.float32)), l * shrink, shrink
+        m_ref[...] = _broadcast_row(jnp.ceil(s.max(axis=0, keepdims=True)))
+        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     def step(keys: int) -> None:
         """One step over the first `keys` rows of the block; the rows after them are not keys and may hold anything."""
         q = qs_ref[...]
-        m, l, shrink = moved_reference()
-        acc = acc_ref[before] * shrink[0:1]
-        starts = range(0, keys, b.block_kv_compute)
+        # The power of two that brings the largest part of the sum near 1 moves the reference; all of this is exact.
+        bits = lax.bitcast_convert_type(l_ref[...].sum(axis=0, keepdims=True), jnp.int32)
+        exponent = jnp.maximum((bits >> 23) - 127, 0)  # the sum is 0 before the first step
+        shrink = _broadcast_row(lax.bitcast_convert_type((127 - exponent) << 23, jnp.float32))
+        m = m_ref[...] + _broadcast_row(exponent.astype(jnp.float32))
+        l = l_ref[...] * shrink
+        acc = acc_ref[...] * shrink[0:1]
+        m0_ref[...], l0_ref[...], acc0_ref[...] = m, l, acc
 
-        def tile(start: int, size: int) -> tuple[int, int, bool]:
-            """Start, rows and raggedness of a tile of `size` that may reach past `keys`."""
-            valid = min(size, keys - start)
-            rows = min(-(-valid // 128) * 128, b.block_kv - start)
-            return start, rows, rows > valid
+        def rows_of(start: int, size: int) -> int:
+            """Rows to compute of a tile of `size` that may reach past `keys`."""
+            return min(_round_up(min(size, keys - start), 128), b.block_kv - start)
 
         def tile_scores(start: int) -> jax.Array:
-            start, rows, _ = tile(start, b.block_kv_compute)
-            return problem.scores(k_ref[start : start + rows, :], q)
+            return problem.scores(k_ref[start : start + rows_of(start, b.block_kv_compute), :], q)
 
+        starts = range(0, keys, b.block_kv_compute)
         s_next = tile_scores(0)
         for n, start in enumerate(starts):
             s = s_next
             if n + 1 < len(starts):
                 s_next = tile_scores(starts[n + 1])
             for inner in range(start, min(start + b.block_kv_compute, keys), b.block_kv_compute_inner):
-                inner, rows, ragged = tile(inner, b.block_kv_compute_inner)
+                rows = rows_of(inner, b.block_kv_compute_inner)
                 part = _minus(s[inner - start : inner - start + rows, :], m)
                 v = v_ref[inner : inner + rows, :]
-                if ragged:
+                if inner + rows > keys:
                     part = jnp.where(lax.broadcasted_iota(jnp.int32, part.shape, 0) < keys - inner, part, MASKED)
                     v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < keys - inner, v, jnp.zeros_like(v))
                 p = jnp.exp2(part)
                 l = l + _sublane_sums(p)
                 acc = acc + problem.weighted(v, p)
-        m_ref[after], l_ref[after], acc_ref[after] = m, l, acc
+        m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
         # A sum of sums: NaN and infinity reach it, and it is within block_q of the largest.
         redo_ref[0] = jnp.where(jnp.sum(l) <= SUM_LIMIT, 0, 1)
 
@@ -223,9 +224,8 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, redo
     @pl.when(redo_ref[0] != 0)
     def _():
         q = qs_ref[...]
-        m, l, shrink = moved_reference()
-        m_ref[after], l_ref[after], acc_ref[after] = m, l, acc_ref[before] * shrink[0:1]
-        size = b.block_kv_compute_inner
+        m_ref[...], l_ref[...], acc_ref[...] = m0_ref[...], l0_ref[...], acc0_ref[...]
+        size = min(b.block_kv_compute_inner, REDO_KEYS)
 
         def body(t: jax.Array, carry: None) -> None:
             start = pl.multiple_of(t * size, size)
@@ -234,15 +234,14 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, redo
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < left, s, MASKED)
             v = v_ref[pl.ds(start, size), :]
             v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, jnp.zeros_like(v))
-            m_ref[after], l_ref[after], acc_ref[after] = _online_tile(
-                problem, s, v, (m_ref[after], l_ref[after], acc_ref[after])
-            )
+            state = _online_tile(problem, s, v, (m_ref[...], l_ref[...], acc_ref[...]))
+            m_ref[...], l_ref[...], acc_ref[...] = state
 
         lax.fori_loop(0, b.block_kv // size, body, None)
 
     @pl.when(j == last)
     def _():
-        _finish(o_ref, l_ref[after], acc_ref[after])
+        _finish(o_ref, l_ref[...], acc_ref[...])
 
 
 def _window_range(i, problem: _Problem) -> tuple:
@@ -299,12 +298,12 @@ def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem,
     f32 = jnp.float32
     if problem.window is None:
         # A fresh partial each call: jax 0.10 has an open bug with one kernel object under several grids.
-        kernel, kv_steps, states = functools.partial(_full_kernel, problem=problem), problem.kv_steps, (2,)
+        kernel, kv_steps = functools.partial(_full_kernel, problem=problem), problem.kv_steps
 
         def kv_index(h, i, j):
             return h // group, j, 0
     else:
-        kernel, states = functools.partial(_window_kernel, problem=problem), ()
+        kernel = functools.partial(_window_kernel, problem=problem)
         kv_steps = max(
             int(last) - int(first) + 1 for first, last in (_window_bounds(i, problem) for i in range(q_steps))
         )
@@ -314,14 +313,10 @@ def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem,
             return h // group, jnp.minimum(first + j, last), 0
 
     q_rows = b.block_q
-    scratch = [
-        pltpu.VMEM((q_rows, d * (2 if problem.folding == "split" else 1)), query.dtype),
-        pltpu.VMEM((*states, 8, q_rows), f32),
-        pltpu.VMEM((*states, 8, q_rows), f32),
-        pltpu.VMEM((*states, d, q_rows), f32),
-    ]
+    state = [pltpu.VMEM((8, q_rows), f32), pltpu.VMEM((8, q_rows), f32), pltpu.VMEM((d, q_rows), f32)]
+    scratch = [pltpu.VMEM((q_rows, d * (2 if problem.folding == "split" else 1)), query.dtype), *state]
     if problem.window is None:
-        scratch.append(pltpu.SMEM((1,), jnp.int32))
+        scratch += [*state, pltpu.SMEM((1,), jnp.int32)]
     return pl.pallas_call(
         kernel,
         grid=(query.shape[0], q_steps, kv_steps),
