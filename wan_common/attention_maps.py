@@ -783,7 +783,7 @@ class AttentionAnalyzer:
 
     def get_available_steps(self, video_id: str, token_word: str) -> list[int]:
         """Indices of the stored steps, ascending."""
-        folder = self._video(video_id) / self._folder(video_id, token_word)
+        folder = self._video(video_id) / self.get_token_folder(video_id, token_word)
         found = (
             (re.fullmatch(r"step_(\d+)\.(npz|pt)", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
         )
@@ -824,7 +824,12 @@ class AttentionAnalyzer:
         folders.update({name: name for name in SPECIAL_GROUPS if name in present})
         return folders
 
-    def _folder(self, video_id: str, token_word: str) -> str:
+    def get_token_folder(self, video_id: str, token_word: str) -> str:
+        """The folder of a word, asked for by its name in any case or by the folder itself.
+
+        Raises:
+            UsageError: no such word; lists those there are.
+        """
         folders = self._folders(video_id)
         if token_word in folders:
             return folders[token_word]
@@ -837,7 +842,7 @@ class AttentionAnalyzer:
         )
 
     def _aggregated_path(self, video_id: str, token_word: str) -> Path | None:
-        folder = self._folder(video_id, token_word)
+        folder = self.get_token_folder(video_id, token_word)
         for suffix in _FORMATS.values():
             path = self._video(video_id) / AGGREGATED / f"{folder}_aggregated{suffix}"
             if path.exists():
@@ -853,7 +858,7 @@ class AttentionAnalyzer:
             UsageError: no such video or token (lists those there are).
             ArtifactError: the step's file is missing, damaged, or does not fit its metadata.
         """
-        folder = self._video(video_id) / self._folder(video_id, token_word)
+        folder = self._video(video_id) / self.get_token_folder(video_id, token_word)
         paths = [folder / f"step_{step:03d}{suffix}" for suffix in _FORMATS.values()]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
@@ -876,26 +881,18 @@ class AttentionAnalyzer:
         """(step, map) in order, one in memory at a time.
 
         Raises:
-            ArtifactError: no step, or one in the middle missing (a run that still goes on lacks only its last steps: a warning).
+            ArtifactError: no step, or one in the middle missing (a run that still goes on lacks only its last steps).
         """
         steps = self.get_available_steps(video_id, token_word)
         if not steps:
             raise ArtifactError(
-                f"{self.attention_dir / video_id / self._folder(video_id, token_word)}: no steps stored; {REMEDY}"
+                f"{self.attention_dir / video_id / self.get_token_folder(video_id, token_word)}: no steps stored; {REMEDY}"
             )
         for expected, step in enumerate(steps):
             if expected != step:
                 self.load_step(video_id, token_word, expected)  # raises, naming the file
         for step in steps:
             loaded = self.load_step(video_id, token_word, step)
-            if step == steps[-1] and len(steps) < loaded.metadata.num_inference_steps:
-                logger.warning(
-                    "%s %s: %d of %d steps stored so far",
-                    video_id,
-                    token_word,
-                    len(steps),
-                    loaded.metadata.num_inference_steps,
-                )
             yield step, loaded
 
     def load_all_steps(self, video_id: str, token_word: str) -> dict[int, AttentionMap]:
