@@ -35,12 +35,25 @@ class RunOptions:
     """Where to read and write, with which model."""
 
     model_id: str | None = option(None, f"hub id or local diffusers folder (default: the folder's own, else {DEFAULT_MODEL})")
-    input_dir: str | None = option(None, f"run directory to read (default {DEFAULT_DIR})")
-    output_dir: str | None = option(None, f"run directory to write (default {DEFAULT_DIR})")
+    output_dir: str | None = option(None, f"run directory to write (default {DEFAULT_DIR}; stage 3: its --input_dir)")
     dtype: str = option("bfloat16", "compute and weight dtype", choices=("bfloat16", "float32"))  # seed 001: bfloat16
     force: bool = option(False, "run even if the outputs are current; use inputs that do not match")
     jax_cache_dir: str | None = option(None, "compilation cache (default ~/.cache/wan_tpu/jax)")
     distributed: bool = option(False, "initialise jax.distributed (several hosts)")
+
+
+@dataclasses.dataclass(frozen=True)
+class InputOptions:
+    """Where an earlier stage left its files."""
+
+    input_dir: str = option(DEFAULT_DIR, "run directory to read")  # seed 001
+
+
+@dataclasses.dataclass(frozen=True)
+class FpsOptions:
+    """The video's speed."""
+
+    fps: int = option(16, "frames a second (default of stage 3: what stage 2 recorded)")  # seed 001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +74,6 @@ class VideoOptions:
     height: int = option(720, "pixels, a multiple of 16")  # seed 001
     width: int = option(1280, "pixels, a multiple of 16")  # seed 001
     frames: int = option(81, "4n + 1")  # seed 001
-    fps: int = option(16, "frames a second of the video")  # seed 001
     num_inference_steps: int = option(50, "denoising steps")  # seed 001
     guidance_scale: float = option(5.0, "classifier-free guidance; none at 1 or below")  # seed 001
     seed: tuple[int, ...] = option((42,), "one latents file a seed", many=True)  # seed 001
@@ -129,8 +141,9 @@ class BatchOptions:
 
 
 GROUPS: tuple[type, ...] = (
-    RunOptions, PromptOptions, VideoOptions, AttentionFlags, MeshOptions, DenoiseOptions, DecodeOptions, BenchOptions, BatchOptions,
+    RunOptions, InputOptions, FpsOptions, PromptOptions, VideoOptions, AttentionFlags, MeshOptions, DenoiseOptions, DecodeOptions, BenchOptions, BatchOptions,
 )  # fmt: skip
+_HINTS: dict[str, Any] = {name: hint for group in GROUPS for name, hint in typing.get_type_hints(group).items()}
 # YAML keys that are no flags: seed 003's block, and seed 000's keys that visualize_frames.py reads.
 OTHER_YAML_KEYS = ("attention_analysis", "visualization_output_dir", "save_tensor_stats")
 
@@ -196,9 +209,7 @@ def parse_options(argv: list[str] | None, prog: str, description: str, groups: I
 
 def _kind(field: dataclasses.Field[Any]) -> type:
     """The scalar type of a field: ``int`` for ``int | None`` and for ``tuple[int, ...]``."""
-    hint: Any = field.type
-    if isinstance(hint, str):
-        hint = eval(hint, {}, {})  # noqa: S307 - our own annotations, postponed by __future__
+    hint = _HINTS[field.name]
     if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple):
         hint = next(arg for arg in typing.get_args(hint) if arg not in (type(None), Ellipsis))
     return hint
@@ -291,8 +302,6 @@ def check_video(video: VideoOptions) -> None:
             raise UsageError(f"--{name} {value}: wanted a multiple of 16 (VAE 8 x patch 2); nearest: {below} and {below + 16}")
     if video.num_inference_steps < 1:
         raise UsageError(f"--num_inference_steps {video.num_inference_steps}: wanted at least 1")
-    if video.fps < 1:
-        raise UsageError(f"--fps {video.fps}: wanted at least 1")
     if not video.flow_shift > 0:
         raise UsageError(f"--flow_shift {video.flow_shift}: wanted more than 0 (5.0 for 720p, 3.0 for 480p)")
     if not 0 <= video.guidance_scale < float("inf"):
@@ -300,6 +309,16 @@ def check_video(video: VideoOptions) -> None:
     repeated = {seed for seed in video.seed if video.seed.count(seed) > 1}
     if repeated or any(not 0 <= seed < 2**63 for seed in video.seed):
         raise UsageError(f"--seed {' '.join(map(str, video.seed))}: wanted different whole numbers from 0 to 2^63 - 1")
+
+
+def check_fps(fps: int) -> None:
+    """Refuse a frame rate that no video has.
+
+    Raises:
+        UsageError: below 1.
+    """
+    if fps < 1:
+        raise UsageError(f"--fps {fps}: wanted at least 1")
 
 
 def check_measuring(bench: BenchOptions, options: Options) -> None:

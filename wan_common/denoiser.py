@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from torchax.interop import jax_view, torch_view
 
 from wan_common.attention import AttentionOptions, attention, cross_attention_layout, self_attention_layout
+from wan_common.attention_maps import token_attention
 from wan_common.errors import ArtifactError
 from wan_common.scheduler import State, StepTable, advance
 from wan_common.sharding import TRANSFORMER_RULES, constrain, input_sharding
@@ -29,8 +30,15 @@ from wan_common.torchax_bridge import (
 )  # fmt: skip
 
 logger = logging.getLogger("denoiser")
-Capture = Callable[[jax.Array, jax.Array], Any]
-"""``capture(query, key)`` of one block's cross-attention, both [B, H, length, head_dim]; its result is stacked over blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """Which cross-attention maps a step returns (see wan_common.attention_maps); averages are over what is not asked for."""
+
+    per_head: bool = False
+    per_block: bool = False
+    negative: bool = False  # also the maps of the negative prompt
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
@@ -67,7 +75,7 @@ class AttentionProcessor:
 
     def __init__(self, options: AttentionOptions, mesh: Mesh, tokens: int):
         self.options, self.mesh, self.tokens = options, mesh, tokens
-        self.capture: Capture | None = None
+        self.capture: Callable[[jax.Array, jax.Array], Any] | None = None  # called with query and key of each cross-attention
         self.captured: Any = None
 
     def __call__(
@@ -141,6 +149,7 @@ class Denoiser:
     dtype: str
     processor: AttentionProcessor
     blocks: ScannedBlocks
+    capture: Capture | None = None
 
     def predict(self, params: Params, latents: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
         """The transformer's output [B, 16, F, h, w] for ``latents`` [B, 16, F, h, w] in the compute dtype."""
@@ -149,8 +158,9 @@ class Denoiser:
         timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
         return call_module(self.model, rest, latents, timesteps, embeds, return_dict=False)[0]
 
-    def step(
-        self, params: Params, state: State, embeds: jax.Array, timestep: jax.Array, guidance_scale: jax.Array, rows: dict[str, jax.Array]
+    def step(  # fmt: skip
+        self, params: Params, state: State, embeds: jax.Array, timestep: jax.Array, guidance_scale: jax.Array, rows: dict[str, jax.Array],
+        groups: jax.Array | None = None,
     ) -> tuple[State, dict[str, Any]]:
         """One step: predict (cond and uncond as one batch of two), guide, advance the solver.
 
@@ -159,27 +169,69 @@ class Denoiser:
             embeds: [2, L, text_dim] (prompt, negative) with guidance, else [1, L, text_dim].
             timestep: int32 scalar. guidance_scale: fp32 scalar.
             rows: this step's rows of the StepTable, [K] each.
+            groups: [batch, L, G] which tokens make up each followed word, with ``capture``; None captures nothing.
 
         Returns:
-            The next state, and ``{"predicted_x0", "finite", "captured"}``: fp32 latents, a bool scalar, what cross-attention left.
+            The next state, and ``{"predicted_x0", "finite", "maps"}``: fp32 latents, a bool scalar, and the attention maps
+            [1 or 2, G, (blocks,) (heads,) F, h/2, w/2] fp32 (None without ``groups``).
         """
         sample = constrain(state["sample"], self.mesh, None, None, None, None, None)
         batch = 2 if self.guidance else 1
         latents = jnp.broadcast_to(sample, (batch, *sample.shape[1:])).astype(embeds.dtype)
         latents = constrain(latents, self.mesh, "dp", None, None, None, None)
+        if groups is not None:
+            self._begin_capture(groups)
         output = self.predict(params, latents, timestep, embeds)
+        maps = None if groups is None else self._end_capture()
         output = constrain(output, self.mesh, None, None, None, None, None)  # small; the solver works on whole latents
         if self.guidance:
             cond, uncond = output[:1], output[1:]
             scale = guidance_scale.astype(output.dtype)
             output = uncond + scale * (cond - uncond)
         following, x0 = advance(state, output, **rows)
-        captured, self.blocks.collected = self.blocks.collected, None
-        return following, {"predicted_x0": x0, "finite": jnp.isfinite(following["sample"]).all(), "captured": captured}
+        return following, {"predicted_x0": x0, "finite": jnp.isfinite(following["sample"]).all(), "maps": maps}
+
+    def _begin_capture(self, groups: jax.Array) -> None:
+        """Have every cross-attention of the call being traced leave its maps behind."""
+        capture, mesh = self.capture, self.mesh
+        assert capture is not None, "build the denoiser with capture to get maps"
+        both = capture.negative or mesh.shape["dp"] > 1  # the second row has devices of its own: nothing is saved by leaving it out
+
+        def maps(query: jax.Array, key: jax.Array) -> jax.Array:
+            layout = cross_attention_layout(mesh, query.shape[0], query.shape[1])
+            rows = slice(None) if both else slice(0, 1)
+            return token_attention(
+                query[rows], key[rows], groups[rows], average_heads=not capture.per_head,
+                query_shards=math.prod(mesh.shape[axis] for axis in layout.queries),
+                head_shards=math.prod(mesh.shape[axis] for axis in layout.heads),
+            )  # fmt: skip
+
+        self.processor.capture = maps
+        self.blocks.collect = self.processor.take_captured
+
+    def _end_capture(self) -> jax.Array:
+        """The maps that all blocks left, [rows, G, (blocks,) (heads,) F, h/2, w/2]."""
+        assert self.capture is not None
+        maps, self.blocks.collected = self.blocks.collected, None  # [blocks, B, (heads,) G, S]
+        self.processor.capture = self.blocks.collect = None
+        maps = maps[:, :2 if self.capture.negative else 1, ..., : self.processor.tokens]
+        maps = jnp.moveaxis(maps, -2, 0)  # [G, blocks, B, (heads,) S]
+        if not self.capture.per_block:
+            maps = maps.mean(axis=1, keepdims=True)
+        maps = jnp.moveaxis(maps, 2, 0)  # [B, G, blocks, (heads,) S]
+        if not self.capture.per_block:
+            maps = maps.squeeze(2)
+        maps = constrain(maps, self.mesh, *(None,) * maps.ndim)
+        return maps.reshape(*maps.shape[:-1], *self.token_grid)
+
+    @property
+    def token_grid(self) -> tuple[int, ...]:
+        """(F, h/2, w/2): the tokens of one clip."""
+        return tuple(n // p for n, p in zip(self.latent_shape[2:], self.model.config.patch_size, strict=True))
 
     def jitted(self) -> Any:
-        """``jax.jit(self.step)`` with the state donated: the solver's memory is updated in place."""
-        return jax.jit(self.step, donate_argnums=(1,))
+        """``jax.jit(self.step)`` with the state donated: the solver's memory is updated in place. Every device has all outputs."""
+        return jax.jit(self.step, donate_argnums=(1,), out_shardings=input_sharding(self.mesh))
 
     def abstract_inputs(self, order: int) -> tuple[Any, ...]:
         """ShapeDtypeStructs, with shardings, of :meth:`step`'s arguments for a solver of ``order``."""
@@ -225,7 +277,7 @@ def build_denoiser(
         height, width, frames: of the video, in pixels and frames.
         text_length: L of the embeddings.
         guidance: cond and uncond as one batch of two (guidance_scale > 1).
-        capture: see :data:`Capture`; with None the compiled program is the same as if captures did not exist.
+        capture: which attention maps :meth:`Denoiser.step` may be asked for; asking for none compiles the same program as without.
 
     Raises:
         ArtifactError: an image-to-video config (added_kv_proj_dim), which this text-to-video pipeline does not run.
@@ -244,7 +296,6 @@ def build_denoiser(
     )  # fmt: skip
     shards = mesh.shape["sp"] * mesh.shape["tp"]
     processor = AttentionProcessor(options or AttentionOptions(), mesh, tokens)
-    processor.capture = capture
     block = model.blocks[0]
     block.attn1.set_processor(processor)
     block.attn2.set_processor(processor)
@@ -268,12 +319,10 @@ def build_denoiser(
         gather=gather_constraint(plan, "blocks", mesh) if fsdp and mesh.shape["dp"] * mesh.shape["sp"] > 1 else None,
         enter=lambda x: spread(pad_tokens(x, 1, shards)), between=spread, leave=lambda x: x[:, :tokens],
     )  # fmt: skip
-    if capture is not None:
-        scanned.collect = processor.take_captured
     model.blocks = torch.nn.ModuleList([scanned])
     _pad_rotary(model.rope, shards)
     return Denoiser(
-        model, plan, mesh, guidance, latent_shape, (text_length, cfg.text_dim), dtype, processor, scanned,
+        model, plan, mesh, guidance, latent_shape, (text_length, cfg.text_dim), dtype, processor, scanned, capture,
     )  # fmt: skip
 
 

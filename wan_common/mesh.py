@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import logging
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 from wan_common.errors import UsageError
@@ -89,6 +90,8 @@ def prepare_jax(cache_dir: str | None = None) -> None:
     JAX tries for it with noisy warnings before it takes the CPU (FACTS), so the platform is named when no device file is there.
     """
     accelerators = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/nvidia[0-9]*")
+    # torch code asks for int64 everywhere; with x64 off each place would warn that it gets int32 (FACTS).
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype int64", category=UserWarning)
     if "JAX_PLATFORMS" not in os.environ and not accelerators and "TPU_NAME" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax

@@ -1,8 +1,8 @@
 """Safetensors for torch and JAX, exact to the bit: bfloat16 is stored as bfloat16, through ``ml_dtypes`` and no rounding.
 
-The file format is https://github.com/huggingface/safetensors#format. Writing goes through the library; reading validates
-the header here, because errors must name the file and the remedy, and because weights are read slice by slice straight
-into the memory of their device shard (:meth:`SafetensorsReader.read_into`), which the library cannot do.
+The file format is https://github.com/huggingface/safetensors#format. The library is not used for it: it writes its header in
+random order, and equal runs should give equal files; its readers name neither file nor remedy, and cannot read a slice of a
+tensor straight into the memory of its device shard (:meth:`SafetensorsReader.read_into`).
 """
 
 from __future__ import annotations
@@ -179,14 +179,21 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Any], metadata
     Raises:
         ValueError: a dtype that safetensors cannot hold.
     """
-    from safetensors.numpy import save_file
-
     arrays = {name: np.asarray(to_numpy(tensor), order="C") for name, tensor in tensors.items()}
-    for name, array in arrays.items():
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):  # aligned, as the library does
         if array.dtype not in _NAMES:
             raise ValueError(f"{path}: {name} has dtype {array.dtype}, which safetensors cannot hold")
-    with atomic_path(path) as temporary:
-        save_file(arrays, str(temporary), metadata)
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            if name != "__metadata__":
+                file.write(arrays[name].reshape(-1).view(np.uint8).data)
 
 
 def load_tensors(path: str | os.PathLike[str], remedy: str = "rewrite it") -> tuple[dict[str, np.ndarray], dict[str, str]]:

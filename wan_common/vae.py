@@ -74,8 +74,9 @@ class VaeDecoder:
 
     def __post_init__(self) -> None:
         self._slots = sum(type(m).__name__ == "WanCausalConv3d" for m in self.module.decoder.modules())
-        self._first = jax.jit(self.decode_first)
-        self._next = jax.jit(self.decode_next, donate_argnums=(2,))
+        outputs = (NamedSharding(self.mesh, PartitionSpec()), None)  # every process sees whole frames; the cache stays sharded
+        self._first = jax.jit(self.decode_first, out_shardings=outputs)
+        self._next = jax.jit(self.decode_next, donate_argnums=(2,), out_shardings=outputs)
 
     def picture_sharding(self, height: int, width: int) -> NamedSharding:
         """Frames [1, C, f, h, w] (latent or pixel size) over all devices: by width, else height, else what divides."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ class VideoWriter:
             temporary, format="FFMPEG", mode="I", fps=self._fps, codec="libx264", quality=self._quality,
             pixelformat="yuv420p", macro_block_size=1, output_params=params, ffmpeg_log_level="error",
         )  # fmt: skip
+        # imageio-ffmpeg forks with a preexec_fn that only calls setpgrp; JAX warns of any fork.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
         self._stack.push(self._finish)
         return self
 

@@ -1,0 +1,59 @@
+"""Several hosts: initialisation, who writes, and decisions that all processes must take alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+logger = logging.getLogger("multihost")
+_state = {"initialized": False}  # jax.distributed can be initialised once a process
+
+
+def wants_distributed(asked: bool) -> bool:
+    """Whether to initialise jax.distributed: asked for, or on a TPU pod slice of several hosts."""
+    hosts = [host for host in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    return asked or len(hosts) > 1
+
+
+def initialize(asked: bool) -> None:
+    """``jax.distributed.initialize`` when :func:`wants_distributed`.
+
+    On TPU pods and under SLURM or Open MPI JAX finds coordinator and process ids itself; elsewhere they come from
+    ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. CPU processes talk through gloo.
+    A process that dies ends the others: heartbeats are given up after 30 seconds.
+    """
+    if _state["initialized"] or not wants_distributed(asked):
+        return
+    import jax
+
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": 30}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        settings.update(
+            coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"], num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )  # fmt: skip
+    jax.distributed.initialize(**settings)
+    _state["initialized"] = True
+    logger.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count())
+
+
+def is_writer() -> bool:
+    """Process 0 writes; every process reads. True without importing JAX when there is one process."""
+    return not _state["initialized"] or _process_index() == 0
+
+
+def _process_index() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def barrier(name: str) -> None:
+    """Wait for the other processes: what process 0 wrote before is there after."""
+    if _state["initialized"]:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
