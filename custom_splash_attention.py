@@ -383,14 +383,14 @@ _TABLE = {
 
 
 def default_block_sizes(chip: str, length: int, head_dim: int = 128, kv_length: int | None = None) -> BlockSizes:
-    return _fit(_TABLE[_checked_chip(chip)], length, length if kv_length is None else kv_length)
+    return fit_block_sizes(_TABLE[_checked_chip(chip)], length, length if kv_length is None else kv_length)
 
 
 def _round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def _fit(blocks: BlockSizes, q_len: int, kv_len: int) -> BlockSizes:
+def fit_block_sizes(blocks: BlockSizes, q_len: int, kv_len: int) -> BlockSizes:
     """The same tiles cut down to arrays that are shorter than they are."""
     inner = min(blocks.block_kv_compute_inner, _round_up(kv_len, 128))
     compute = min(blocks.block_kv_compute // inner * inner, _round_up(kv_len, inner))
@@ -443,7 +443,7 @@ def splash_attention(
     if k_smooth:
         key = (key - key.mean(axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
     problem = _Problem(
-        blocks=_fit(block_sizes, q_len, kv_len),
+        blocks=fit_block_sizes(block_sizes, q_len, kv_len),
         q_len=q_len,
         kv_len=kv_len,
         head_dim=head_dim,
