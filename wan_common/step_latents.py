@@ -26,7 +26,7 @@ from wan_common.atomic import remove_temporaries
 from wan_common.errors import ArtifactError
 from wan_common.tensor_io import SafetensorsReader, save_tensors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("step_latents")
 
 FOLDER = "step_latents"
 INITIAL_NOISE = "initial_noise.safetensors"
