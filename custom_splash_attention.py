@@ -34,6 +34,9 @@ MASKED = -1e30
 FIRST_KEYS = 256
 # Keys of a tile when a step is done again; must divide every block_kv_compute_inner, so the least that is allowed.
 REDO_KEYS = 128
+# Queries of a chunk where one block holds all keys.
+SHORT_QUERIES = 512
+SHORT_KEYS = 1024
 
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))  # [m, d] x [n, d] -> [m, n]
 _CONTRACT_FIRST = (((0,), (0,)), ((), ()))  # [k, d] x [k, n] -> [d, n]
@@ -91,12 +94,17 @@ class _Problem:
         return lax.Precision.HIGHEST if self.folding == "query" else lax.Precision.DEFAULT
 
     @property
+    def short(self) -> bool:
+        """Whether one block holds all keys and the scores of a chunk of queries."""
+        return self.window is None and self.kv_steps == 1 and self.kv_len <= SHORT_KEYS
+
+    @property
     def kv_steps(self) -> int:
         return pl.cdiv(self.kv_len, self.blocks.block_kv)
 
-    def prepare_query(self, q: jax.Array, i: jax.Array) -> jax.Array:
-        """Query block [block_q, D] as the operand of :meth:`scores`; rows past q_len become zeros."""
-        row = i * self.blocks.block_q + lax.broadcasted_iota(jnp.int32, q.shape, 0)
+    def prepare_query(self, q: jax.Array, first: jax.Array) -> jax.Array:
+        """Queries [rows, D] from position `first` as the operand of :meth:`scores`; rows past q_len become zeros."""
+        row = first + lax.broadcasted_iota(jnp.int32, q.shape, 0)
         q = jnp.where(row < self.q_len, q, jnp.zeros_like(q))
         if self.folding == "scores":
             return q
@@ -164,7 +172,7 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_r
 
     @pl.when(j == 0)
     def _():
-        q = problem.prepare_query(q_ref[...], i)
+        q = problem.prepare_query(q_ref[...], i * b.block_q)
         qs_ref[...] = q
         first = min(b.block_kv_compute_inner, FIRST_KEYS, kv_len)
         rows = -(-first // 16) * 16
@@ -244,6 +252,35 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_r
         _finish(o_ref, l_ref[...], acc_ref[...])
 
 
+def _short_kernel(q_ref, k_ref, v_ref, o_ref, *, problem: _Problem):
+    """All keys in one block (cross-attention): the maximum is exact, nothing is carried. Grid: (batch x heads, queries).
+
+    Independent chunks of queries keep the MXU busy while another chunk takes its softmax.
+    """
+    i = pl.program_id(1)
+    size, keys = min(problem.blocks.block_q, SHORT_QUERIES), problem.kv_len
+    rows = min(_round_up(keys, 128), problem.blocks.block_kv)
+    k, v = k_ref[0:rows, :], v_ref[0:rows, :]
+    if keys < rows:
+        v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < keys, v, jnp.zeros_like(v))
+
+    def chunk_scores(start: int) -> jax.Array:
+        first = i * problem.blocks.block_q + start
+        return problem.scores(k, problem.prepare_query(q_ref[start : min(start + size, problem.blocks.block_q), :], first))
+
+    starts = range(0, problem.blocks.block_q, size)
+    s_next = chunk_scores(0)
+    for n, start in enumerate(starts):
+        s = s_next
+        if n + 1 < len(starts):
+            s_next = chunk_scores(starts[n + 1])
+        if keys < rows:
+            s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 0) < keys, s, MASKED)
+        p = jnp.exp2(s - s.max(axis=0, keepdims=True))
+        out = problem.weighted(v, p) / _sublane_sums(p).sum(axis=0, keepdims=True)
+        o_ref[start : start + s.shape[1], :] = out.T.astype(o_ref.dtype)
+
+
 def _window_range(i, problem: _Problem) -> tuple:
     """First and last key block that query block i can see."""
     b, w = problem.blocks, problem.window
@@ -260,7 +297,7 @@ def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *,
 
     @pl.when(step == 0)
     def _():
-        qs_ref[...] = problem.prepare_query(q_ref[...], i)
+        qs_ref[...] = problem.prepare_query(q_ref[...], i * b.block_q)
         m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
         l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -300,7 +337,7 @@ def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem,
         # A fresh partial each call: jax 0.10 has an open bug with one kernel object under several grids.
         kernel, kv_steps = functools.partial(_full_kernel, problem=problem), problem.kv_steps
 
-        def kv_index(h, i, j):
+        def kv_index(h, i, j=0):
             return h // group, j, 0
     else:
         kernel = functools.partial(_window_kernel, problem=problem)
@@ -312,24 +349,28 @@ def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem,
             first, last = _window_range(i, problem)
             return h // group, jnp.minimum(first + j, last), 0
 
-    q_rows = b.block_q
-    state = [pltpu.VMEM((8, q_rows), f32), pltpu.VMEM((8, q_rows), f32), pltpu.VMEM((d, q_rows), f32)]
-    scratch = [pltpu.VMEM((q_rows, d * (2 if problem.folding == "split" else 1)), query.dtype), *state]
+    rows = b.block_q
+    state = [pltpu.VMEM((8, rows), f32), pltpu.VMEM((8, rows), f32), pltpu.VMEM((d, rows), f32)]
+    scratch = [pltpu.VMEM((rows, d * (2 if problem.folding == "split" else 1)), query.dtype), *state]
     if problem.window is None:
         scratch += [*state, pltpu.SMEM((1,), jnp.int32)]
+    grid = (query.shape[0], q_steps, kv_steps)
+    if problem.short:
+        kernel, grid, scratch = functools.partial(_short_kernel, problem=problem), grid[:2], []
     return pl.pallas_call(
         kernel,
-        grid=(query.shape[0], q_steps, kv_steps),
+        grid=grid,
         in_specs=[
-            pl.BlockSpec((None, q_rows, d), lambda h, i, j: (h, i, 0)),
+            pl.BlockSpec((None, rows, d), lambda h, i, *j: (h, i, 0)),
             pl.BlockSpec((None, b.block_kv, d), kv_index),
             pl.BlockSpec((None, b.block_kv, d), kv_index),
         ],
-        out_specs=pl.BlockSpec((None, q_rows, d), lambda h, i, j: (h, i, 0)),
+        out_specs=pl.BlockSpec((None, rows, d), lambda h, i, *j: (h, i, 0)),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=problem.vmem_limit_bytes
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")[: len(grid)],
+            vmem_limit_bytes=problem.vmem_limit_bytes,
         ),
         interpret=interpret,
         name="splash_attention",

@@ -248,8 +248,7 @@ def _compile_apart(request: dict, timeout: float) -> dict:
         seconds = time.monotonic() - start
         if done.returncode:
             return {"error": _reason(done.stderr)}
-        tails = request["kv_len"] % request["blocks"][1] != 0
-        return {"compile_seconds": round(seconds, 1), **_read_dump(Path(dump), tails)}
+        return {"compile_seconds": round(seconds, 1), **_read_dump(Path(dump), _conditional_parts(request))}
 
 
 def _reason(stderr: str) -> str:
@@ -261,20 +260,30 @@ def _reason(stderr: str) -> str:
     return (lines or ["no message"])[-1][:400]
 
 
-def _read_dump(folder: Path, has_tail: bool) -> dict:
+def _conditional_parts(request: dict) -> list[str]:
+    """The parts of the kernel that a branch guards, in the order of its source."""
+    from custom_splash_attention import SHORT_KEYS
+
+    keys, block_kv = request["kv_len"], request["blocks"][1]
+    if keys <= block_kv:  # every step is the first and the last: the compiler drops those branches
+        return [] if keys <= SHORT_KEYS else ["redo"]
+    return ["first", "redo", "finish"] if keys % block_kv == 0 else ["first", "step", "tail", "redo", "finish"]
+
+
+def _read_dump(folder: Path, names: list[str]) -> dict:
     bundles = [p for p in glob.glob(f"{folder}/*splash_attention*final_bundles.txt") if "schedule-analysis" not in p]
     usage = glob.glob(f"{folder}/*splash_attention*final_hlo-static-per-bundle-utilization.txt")
     if len(bundles) != 1 or len(usage) != 1:
         raise RuntimeError(f"{folder}: {len(bundles)} bundle and {len(usage)} utilization dumps, wanted one of each")
-    return read_bundles(Path(bundles[0]).read_text(), Path(usage[0]).read_text(), has_tail)
+    return read_bundles(Path(bundles[0]).read_text(), Path(usage[0]).read_text(), names)
 
 
-def read_bundles(bundles: str, usage: str, has_tail: bool) -> dict:
+def read_bundles(bundles: str, usage: str, names: list[str]) -> dict:
     """Parts of the kernel in a dump of its final bundles.
 
-    The grid is the longest loop. Inside it the bodies that a branch can skip are, in the order of the kernel's source,
-    first, step, tail (if keys are ragged), redo, finish; the branches around copies are some 30 bundles each and count
-    as overhead, always taken. A step whose grid never has another kind is not skippable: it is what remains.
+    The grid is the longest loop. Inside it the largest bodies that a branch can skip are `names`, in their order; the
+    branches around copies are some 30 bundles each and count as overhead, always taken. A step that no branch guards
+    is what lies between the first part and the redo, or, without a first part, the whole loop but the redo.
     """
     starts: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
@@ -293,15 +302,15 @@ def read_bundles(bundles: str, usage: str, has_tail: bool) -> dict:
     # The pipeline wraps everything in one branch of its own, always taken.
     bodies = [body for body in bodies if body[1] - body[0] < 0.98 * (end - begin) and body[1] - body[0] > 64]
     outer = [x for x in bodies if not any(y != x and y[0] <= x[0] and x[1] <= y[1] for y in bodies)]
-    names = ["first", "step", "tail", "redo", "finish"] if has_tail else ["first", "redo", "finish"]
     outer = sorted(sorted(outer, key=lambda b: b[0] - b[1])[: len(names)])
     if len(outer) != len(names):
         raise RuntimeError(f"{len(outer)} conditional parts of the kernel found at {outer}, wanted {names}")
     parts = {name: (low, high) for name, (low, high) in zip(names, outer, strict=True)}
-    sizes = {name: high - low for name, (low, high) in parts.items()}
-    if not has_tail:
-        parts["step"] = (parts["first"][1], parts["redo"][0] - BRANCH_BUNDLES)
-        sizes.update(step=parts["step"][1] - parts["step"][0], tail=0)
+    sizes = {"first": 0, "tail": 0, "redo": 0, "finish": 0, **{name: high - low for name, (low, high) in parts.items()}}
+    if "step" not in parts:
+        after_first = parts["first"][1] if "first" in parts else begin
+        parts["step"] = (after_first, parts["redo"][0] - BRANCH_BUNDLES if "redo" in parts else end)
+        sizes["step"] = parts["step"][1] - after_first if "first" in parts else end - begin - sizes["redo"]
     overhead = end - begin - sum(sizes.values())
     rows = [[int(x) for x in row.split()] for row in usage.splitlines() if re.fullmatch(r"\s*\d+(\s+\d+){9}\s*", row)]
     slots, rows = rows[0], rows[1:]  # the first row is how many of each unit there are
