@@ -25,7 +25,9 @@ MODEL_DEFAULTS_FILE = "generation_defaults.json"
 T = TypeVar("T")
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, aliases: tuple[str, ...] = (), many: bool = False) -> Any:
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] | None = None, aliases: tuple[str, ...] = (), many: bool = False
+) -> Any:
     """A dataclass field that is also a flag; ``aliases`` are accepted on the command line and in YAML."""
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "aliases": aliases, "many": many})
 
@@ -170,7 +172,8 @@ class Options:
     def get(self, group: type[T], defaults: Mapping[str, Any] | None = None) -> T:
         """The options of ``group``; what was not given comes from ``defaults``, then from the dataclass."""
         names = {f.name: f for f in dataclasses.fields(group)}  # type: ignore[arg-type]
-        values = {name: _convert(names[name], value, "the model's defaults") for name, value in (defaults or {}).items() if name in names}
+        known = {name: value for name, value in (defaults or {}).items() if name in names}
+        values = {name: _convert(names[name], value, "the model's defaults") for name, value in known.items()}
         values.update({name: value for name, value in self.given.items() if name in names})
         return group(**values)
 
@@ -218,7 +221,8 @@ def _kind(field: dataclasses.Field[Any]) -> type:
 def _add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
     names = [f"--{field.name}", *(f"--{alias}" for alias in field.metadata["aliases"])]
     kind, default = _kind(field), field.default
-    text = field.metadata["help"] + ("" if default in (None, False, ()) else f" (default {default if not isinstance(default, tuple) else default[0]})")
+    shown = default[0] if isinstance(default, tuple) and default else default
+    text = field.metadata["help"] + ("" if shown in (None, False, ()) else f" (default {shown})")
     text = text.replace("%", "%%")
     if kind is bool:
         section.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)

@@ -116,7 +116,9 @@ class ClipRunner:
             jax.block_until_ready(info["finite"])
         return time.perf_counter() - begun
 
-    def _step(self, state: State, clip: Clip, embeds: jax.Array, index: int, groups: jax.Array | None) -> tuple[State, dict[str, Any]]:
+    def _step(
+        self, state: State, clip: Clip, embeds: jax.Array, index: int, groups: jax.Array | None
+    ) -> tuple[State, dict[str, Any]]:
         return self.step(
             self.params, state, embeds, np.int32(self.table.timesteps[index]), np.float32(clip.guidance_scale),
             self.denoiser.rows(self.table, index), groups,
@@ -138,7 +140,8 @@ class ClipRunner:
             recorders = self._recorders(clip, targets, start, stack)
             if fresh and recorders.step_latents is not None:
                 recorders.step_latents.initial_noise(state["sample"])
-            bar = stack.enter_context(tqdm(total=total, initial=start, desc=f"denoising{clip.suffix}", unit="step", disable=not is_writer()))
+            bar = tqdm(total=total, initial=start, desc=f"denoising{clip.suffix}", unit="step", disable=not is_writer())
+            stack.enter_context(bar)
             self.stop.working(True)
             previous: jax.Array | None = None
             for i in range(start, total):

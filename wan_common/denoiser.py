@@ -25,7 +25,15 @@ from wan_common.errors import ArtifactError
 from wan_common.scheduler import State, StepTable, advance
 from wan_common.sharding import TRANSFORMER_RULES, constrain, input_sharding
 from wan_common.torchax_bridge import (
-    Params, ScannedBlocks, Weight, abstract_params, call_module, gather_constraint, load_weights, meta_module, plan_weights,
+    Params,
+    ScannedBlocks,
+    Weight,
+    abstract_params,
+    call_module,
+    gather_constraint,
+    load_weights,
+    meta_module,
+    plan_weights,
     split_blocks,
 )  # fmt: skip
 
@@ -140,7 +148,7 @@ class Denoiser:
     Build with :func:`build_denoiser`. ``plan`` says where the weights come from and go.
     """
 
-    model: torch.nn.Module
+    model: Any
     plan: dict[str, Weight]
     mesh: Mesh
     guidance: bool

@@ -98,7 +98,8 @@ def check_fits(embeddings: Embeddings, run: RunDir, model: Model, text_dim: int,
     again = f"rerun stage1_text_encoder.py --model_id {model.model_id} --output_dir {run.path}"
     if embeddings.prompt.shape[2] != text_dim:
         raise ArtifactError(
-            f"{path}: prompt_embeds is {list(embeddings.prompt.shape)}, the transformer of {model.model_id} wants text_dim {text_dim}; {again}"
+            f"{path}: prompt_embeds is {list(embeddings.prompt.shape)}, the transformer of {model.model_id} wants "
+            f"text_dim {text_dim}; {again}"
         )
     if (model.path / "text_encoder").is_dir() and not force:
         found = embeddings.model.get("text_encoder", {})

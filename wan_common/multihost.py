@@ -37,7 +37,8 @@ def initialize(asked: bool) -> None:
         )  # fmt: skip
     jax.distributed.initialize(**settings)
     _state["initialized"] = True
-    logger.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count())
+    here, everywhere = jax.local_device_count(), jax.device_count()
+    logger.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(), here, everywhere)
 
 
 def is_writer() -> bool:

@@ -97,7 +97,8 @@ def step_table(scheduler: Any, num_inference_steps: int) -> StepTable:
         scheduler.model_outputs = [basis[3 + i] if known else None for i, known in enumerate(remembered)]
         (following,) = scheduler.step(basis[1], timestep, basis[0], return_dict=False)
         rows["predicted_x0"].append(scheduler.model_outputs[-1][0].numpy().copy())
-        rows["corrected"].append(scheduler.last_sample[0].numpy().copy())
+        corrected: Any = scheduler.last_sample
+        rows["corrected"].append(corrected[0].numpy().copy())
         rows["next_sample"].append(following[0].numpy().copy())
     table = {name: np.stack(values).astype(np.float32) for name, values in rows.items()}
     if not all(np.isfinite(values).all() for values in table.values()):

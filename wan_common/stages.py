@@ -14,13 +14,38 @@ from typing import TYPE_CHECKING, Any
 
 from wan_common import multihost
 from wan_common.artifacts import (
-    CONFIG_NAME, EMBEDDINGS_NAME, STAGE1, STAGE2, STAGE3, Job, Model, RunDir, clip_suffix, find_model, latents_name, sha256_file,
+    EMBEDDINGS_NAME,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    Job,
+    Model,
+    RunDir,
+    clip_suffix,
+    find_model,
+    latents_name,
     video_name,
 )  # fmt: skip
 from wan_common.atomic import make_output_dir
 from wan_common.config import (
-    DEFAULT_DIR, DEFAULT_MODEL, AttentionFlags, BenchOptions, DecodeOptions, DenoiseOptions, FpsOptions, InputOptions, MeshOptions,
-    Options, PromptOptions, RunOptions, VideoOptions, check_attention, check_fps, check_measuring, check_video, read_model_defaults,
+    DEFAULT_DIR,
+    DEFAULT_MODEL,
+    AttentionFlags,
+    BenchOptions,
+    DecodeOptions,
+    DenoiseOptions,
+    FpsOptions,
+    InputOptions,
+    MeshOptions,
+    Options,
+    PromptOptions,
+    RunOptions,
+    VideoOptions,
+    check_attention,
+    check_fps,
+    check_measuring,
+    check_video,
+    read_model_defaults,
 )  # fmt: skip
 from wan_common.errors import ArtifactError, UsageError
 from wan_common.signals import StopSignals
@@ -383,7 +408,8 @@ def denoise(plan: DenoisePlan, runner: ClipRunner, after_clip: Callable[[Clip, P
     if bench.warmup_steps:
         timings["warmup_seconds"] = round(runner.warm_up(clips[0], bench.warmup_steps), 2)
         logger.info("warm-up of %d steps with compilation: %.1f s", bench.warmup_steps, timings["warmup_seconds"])
-    paths, per_clip = [], {}
+    paths: list[Path] = []
+    per_clip: dict[str, Any] = {}
     for clip in clips:
         path = plan.output / latents_name(clip.suffix)
         if has_latents(path, clip.job) and not plan.run.force and not plan.extras():

@@ -20,7 +20,15 @@ from wan_common.errors import ArtifactError, NumericalError
 from wan_common.prompts import Prompt, token_words
 from wan_common.sharding import TEXT_ENCODER_RULES, constrain, input_sharding
 from wan_common.torchax_bridge import (
-    Params, ScannedBlocks, Weight, abstract_params, call_module, gather_constraint, load_weights, meta_module, plan_weights,
+    Params,
+    ScannedBlocks,
+    Weight,
+    abstract_params,
+    call_module,
+    gather_constraint,
+    load_weights,
+    meta_module,
+    plan_weights,
     split_blocks,
 )  # fmt: skip
 
@@ -32,7 +40,7 @@ BATCH = 2  # rows a call: the prompt and the negative prompt; more prompts come 
 class TextEncoder:
     """UMT5 as a pure function. Build with :func:`build_text_encoder`."""
 
-    model: torch.nn.Module
+    model: Any
     plan: dict[str, Weight]
     mesh: Mesh
     dtype: str

@@ -34,7 +34,7 @@ TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Params = dict[str, Any]
 
 
-def meta_module(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+def meta_module(build: Callable[[], torch.nn.Module]) -> Any:
     """Build a module on the meta device, in eval mode; buffers that it computes for itself stay real."""
     from accelerate import init_empty_weights
 

@@ -22,7 +22,14 @@ from wan_common.errors import ArtifactError, NumericalError
 from wan_common.mesh import AXES, MeshShape, make_mesh
 from wan_common.sharding import VAE_RULES, divisible_axes
 from wan_common.torchax_bridge import (
-    DTYPES, Params, Weight, abstract_params, call_module, load_weights, meta_module, plan_weights,
+    DTYPES,
+    Params,
+    Weight,
+    abstract_params,
+    call_module,
+    load_weights,
+    meta_module,
+    plan_weights,
 )  # fmt: skip
 
 logger = logging.getLogger("vae")
@@ -45,7 +52,7 @@ class NearestUpsample(torch.nn.Module):
 class _DecodeOnly(torch.nn.Module):
     """``post_quant_conv`` and ``decoder`` under one forward, so that one functional call runs both."""
 
-    def __init__(self, vae: AutoencoderKLWan):
+    def __init__(self, vae: Any):
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
         self.patch_size = vae.config.patch_size
@@ -65,7 +72,7 @@ class VaeDecoder:
     cache is kept in one shape: two programs (first frame, every other frame) where stock would need three.
     """
 
-    module: torch.nn.Module
+    module: Any
     config: Any
     plan: dict[str, Weight]
     mesh: Mesh
