@@ -28,14 +28,18 @@ DEFAULTS = VisualizationParams()
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="visualize_attention.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        prog="visualize_attention.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def add(group: argparse._ArgumentGroup, name: str, **options: object) -> None:
         names = [f"--{name}"] + ([f"--{name.replace('-', '_')}"] if "-" in name else [])
         group.add_argument(*names, **options)  # type: ignore[arg-type]
 
     where = result.add_argument_group("where")
-    where.add_argument("--input_dir", "--input-dir", type=Path, default=Path("stage_outputs"), help="run directory [default: stage_outputs]")
+    where.add_argument(
+        "--input_dir", "--input-dir", type=Path, default=Path("stage_outputs"), help="run directory [default: stage_outputs]"
+    )
     add(where, "attention-dir", type=Path, help="directory of the attention maps [default: INPUT_DIR/attention_maps]")
     where.add_argument("--output_dir", "--output-dir", type=Path, help="folder for everything [default: attention_outputs]")
     add(where, "video-id", help="video identifier [default with --token: the only one; else all]")
@@ -48,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
 
     looks = result.add_argument_group("looks")
     add(looks, "original-video", type=Path, help="original video for the overlay [default for everything: INPUT_DIR/output_video*.mp4]")
-    add(looks, "overlay-alpha", type=float, default=DEFAULTS.overlay_alpha, help="transparency for the overlay, 0.0 to 1.0 [default: %(default)s]")
+    add(
+        looks,
+        "overlay-alpha",
+        type=float,
+        default=DEFAULTS.overlay_alpha,
+        help="transparency for the overlay, 0.0 to 1.0 [default: %(default)s]",
+    )
     add(looks, "stretch-time", action="store_true", help="accept an original video with another number of frames, stretched")
     add(looks, "colormap", default=DEFAULTS.colormap, help="matplotlib colormap [default: %(default)s]")
     add(looks, "fps", type=int, help=f"output video FPS [default: {DEFAULTS.fps}; an overlay keeps its original's]")
@@ -56,11 +66,25 @@ def parser() -> argparse.ArgumentParser:
     add(looks, "interpolation-steps", type=int, help=f"smoothing between steps [default: {DEFAULTS.interpolation_steps}]")
     add(looks, "include-timestamp", action="store_true", help="add a timestamp to the frames")
     add(looks, "video-format", choices=("mp4", "avi"), help="output format [default: mp4, or what --output ends in]")
-    add(looks, "static-duration", type=float, default=DEFAULTS.static_duration, help="seconds of an aggregated video [default: %(default)s]")
+    add(
+        looks, "static-duration", type=float, default=DEFAULTS.static_duration, help="seconds of an aggregated video [default: %(default)s]"
+    )
     add(looks, "no-colorbar", action="store_true", help="leave the attention scale out")
-    add(looks, "normalize", choices=NORMALIZE, default="global", help="range of the colours: of all words, the word, the picture, or 0 to 1 [default: %(default)s]")
+    add(
+        looks,
+        "normalize",
+        choices=NORMALIZE,
+        default="global",
+        help="range of the colours: of all words, the word, the picture, or 0 to 1 [default: %(default)s]",
+    )
     add(looks, "percentile", type=float, default=99.0, help="upper percentile of that range [default: %(default)s]")
-    add(looks, "over", choices=OVER, default="all", help="weights over all tokens, or over real words: weight / (1 - pad - eos) [default: %(default)s]")
+    add(
+        looks,
+        "over",
+        choices=OVER,
+        default="all",
+        help="weights over all tokens, or over real words: weight / (1 - pad - eos) [default: %(default)s]",
+    )
     add(looks, "block", type=int, help="one transformer block (stored with store_per_block) [default: their mean]")
     add(looks, "head", type=int, help="one attention head (stored with store_per_head) [default: their mean]")
 
@@ -94,8 +118,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError("--use-aggregated needs --token; without it all three kinds of video are made")
         written = visualize_run(
             args.input_dir, args.output_dir or Path("attention_outputs"), attention_dir=args.attention_dir,
-            video_ids=[args.video_id] if args.video_id else None, params=_params(args, args.video_format or "mp4"), normalize=args.normalize,
-            percentile=args.percentile, over=args.over, original_video=args.original_video, stretch_time=args.stretch_time,
+            video_ids=[args.video_id] if args.video_id else None, params=_params(args, args.video_format or "mp4"),
+            normalize=args.normalize, percentile=args.percentile, over=args.over,
+            original_video=args.original_video, stretch_time=args.stretch_time,
             videos=not args.report, figures=not args.report, include_timestamp=args.include_timestamp, block=args.block, head=args.head,
         )  # fmt: skip
         for path in written:

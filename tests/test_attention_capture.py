@@ -170,6 +170,13 @@ def test_scripts_without_spaces() -> None:
     assert select_targets(chinese, 8, ["圆圈"])[0].folder == "圆圈"
 
 
+def test_words_that_share_a_token_count_once() -> None:
+    shared = words(("红", [0]), ("色", [0]), ("圆", [1]), ("圈", [1, 2]), spaced=False)
+    assert names(select_targets(shared, 4)) == {"红色": (0,), "圆圈": (1, 2)}
+    assert names(select_targets(shared, 4, ["红色"])) == {"红色": (0,)}
+    np.testing.assert_array_equal(groups_matrix(select_targets(shared, 4), 4, 6).sum(axis=1), 1)
+
+
 def test_a_hash_that_the_prompt_itself_has() -> None:
     assert names(select_targets(words(("c", [0]), ("c#2", [1])), 3, ["c#2"])) == {"c#2": (1,)}
 
@@ -192,7 +199,7 @@ def test_words_cut_off_by_the_length_limit(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_tokens_outside_the_prompt_are_a_bad_artifact() -> None:
-    with pytest.raises(ArtifactError, match="stage1_text_encoder.py --force"):
+    with pytest.raises(ArtifactError, match=r"stage1_text_encoder\.py --force"):
         select_targets(words(("red", [0]), ("circle", [1])), 2)
 
 

@@ -48,7 +48,8 @@ def _font_files() -> list[str]:
     from matplotlib import font_manager
 
     own = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-    return [own, *sorted({entry.fname for entry in font_manager.fontManager.ttflist} - {own})]
+    fonts = {entry.fname for entry in font_manager.fontManager.ttflist if "lastresort" not in entry.fname.lower()}
+    return [own, *sorted(fonts - {own})]  # the Last Resort font has a box for every character of Unicode
 
 
 @functools.lru_cache
@@ -75,8 +76,14 @@ def printable(text: str) -> tuple[str, str]:
             continue
     font_file = _font_files()[0]
     missing = sorted(chr(code) for code in needed - _covered(font_file))
-    logger.warning("no installed font has %s; pictures show code points (install a font such as Noto Sans CJK)", " ".join(missing))
+    _warn_missing(" ".join(missing))
     return "".join(c if ord(c) in _covered(font_file) or c.isspace() else f"\\u{ord(c):04x}" for c in text), font_file
+
+
+@functools.lru_cache
+def _warn_missing(characters: str) -> None:
+    """Once for each set of characters."""
+    logger.warning("no installed font has %s; pictures show code points (install a font such as Noto Sans CJK)", characters)
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,7 +184,7 @@ class Canvas:
         frame = self._background.copy()
         for (x, y, width, height), picture in zip(self.boxes, pictures, strict=True):
             if picture.ndim == 2:
-                frame[y : y + height, x : x + width] = self.table[cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)]
+                frame[y : y + height, x : x + width] = cv2.resize(self.table[picture], (width, height), interpolation=cv2.INTER_NEAREST)
             elif picture.shape[:2] == (height, width):
                 frame[y : y + height, x : x + width] = picture
             else:
@@ -223,15 +230,19 @@ def blend(frame: np.ndarray, weights: np.ndarray, table: np.ndarray, low: float,
     height, width = frame.shape[:2]
     scaled = np.clip((weights.astype(np.float32) - low) / (high - low), 0, 1)
     scaled = cv2.resize(scaled, (width, height), interpolation=cv2.INTER_LINEAR)
-    colours = table[(scaled * 255 + 0.5).astype(np.uint8)]
-    opacity = (scaled * alpha)[..., None]
-    return (frame * (1 - opacity) + colours * opacity + 0.5).astype(np.uint8)
+    colours = cv2.LUT(cv2.merge([(scaled * 255 + 0.5).astype(np.uint8)] * 3), table[None])
+    opacity = scaled * np.float32(alpha)
+    return cv2.blendLinear(colours, frame, opacity, 1 - opacity)
 
 
-def figure_text(text: str) -> dict[str, Any]:
-    """Arguments for a matplotlib text: the string, a font that has its characters, and no TeX (a prompt may hold ``$``)."""
+def set_text(artist: Any, text: str) -> None:
+    """Text for a matplotlib artist: a font that has its characters, and no TeX (a prompt may hold ``$``)."""
     text, font_file = printable(text)
-    return {"s": text, "fontproperties": _font_properties(font_file), "parse_math": False}
+    size = artist.get_fontsize()
+    artist.set_parse_math(False)
+    artist.set_fontproperties(_font_properties(font_file))
+    artist.set_fontsize(size)
+    artist.set_text(text)
 
 
 @functools.lru_cache

@@ -181,18 +181,12 @@ class AttentionSettings:
     def __post_init__(self) -> None:
         for field in ("storage_format", "aggregated_storage_format"):
             if getattr(self, field) not in _FORMATS:
-                raise UsageError(
-                    f"attention_analysis.{field}: {getattr(self, field)!r}; wanted {' or '.join(_FORMATS)}"
-                )
+                raise UsageError(f"attention_analysis.{field}: {getattr(self, field)!r}; wanted {' or '.join(_FORMATS)}")
         if self.storage_dtype not in ("float32", "float16"):
             raise UsageError(f"attention_analysis.storage_dtype: {self.storage_dtype!r}; wanted float32 or float16")
         if self.spatial_downsample_factor < 1:
-            raise UsageError(
-                f"attention_analysis.spatial_downsample_factor: {self.spatial_downsample_factor}; wanted 1 or more"
-            )
-        if not self.store_attention and (
-            self.auto_generate_videos or self.auto_generate_per_video or self.store_negative
-        ):
+            raise UsageError(f"attention_analysis.spatial_downsample_factor: {self.spatial_downsample_factor}; wanted 1 or more")
+        if not self.store_attention and (self.auto_generate_videos or self.auto_generate_per_video or self.store_negative):
             raise UsageError(
                 "attention_analysis: auto_generate_videos, auto_generate_per_video and store_negative need store_attention: true"
             )
@@ -233,19 +227,13 @@ def _checked(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif isinstance(default, int):
             fits = isinstance(value, int) and not isinstance(value, bool)
         elif isinstance(default, tuple):
-            fits = isinstance(value, (list, tuple)) and all(
-                isinstance(x, (int, float)) and not isinstance(x, bool) for x in value
-            )
+            fits = isinstance(value, (list, tuple)) and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
         elif isinstance(default, str):
             fits = isinstance(value, str)
         else:
             fits = isinstance(value, (Mapping, type(default)))
         if not fits:
-            wanted = (
-                "mapping"
-                if dataclasses.is_dataclass(default)
-                else type(default).__name__.replace("tuple", "list of numbers")
-            )
+            wanted = "mapping" if dataclasses.is_dataclass(default) else type(default).__name__.replace("tuple", "list of numbers")
             raise UsageError(f"{where}.{name}: {value!r} is a {type(value).__name__}; wanted a {wanted}")
         values[name] = tuple(value) if isinstance(default, tuple) else value
     return values
@@ -269,9 +257,7 @@ class Target:
     folder: str
 
 
-def select_targets(
-    words: Sequence[Mapping[str, Any]], num_tokens: int, attention_tokens: Sequence[str] | None = None
-) -> list[Target]:
+def select_targets(words: Sequence[Mapping[str, Any]], num_tokens: int, attention_tokens: Sequence[str] | None = None) -> list[Target]:
     """The words to follow: those marked ``(so)`` in the prompt, then ``attention_tokens``; all words if there are neither.
 
     Args:
@@ -287,9 +273,7 @@ def select_targets(
     for (name, tokens), word in zip(named, words, strict=True):
         if word.get("target"):
             if not tokens:
-                raise UsageError(
-                    f"({word['word']}) is beyond the prompt's length limit; raise --max_sequence_length in stage 1"
-                )
+                raise UsageError(f"({word['word']}) is beyond the prompt's length limit; raise --max_sequence_length in stage 1")
             chosen.append((name, tokens))
     for text in attention_tokens or ():
         chosen.append(_find(text, words, named))
@@ -297,7 +281,7 @@ def select_targets(
         dropped = [name for name, tokens in named if not tokens]
         if dropped:
             logger.warning("words beyond the prompt's length limit have no attention: %s", ", ".join(dropped))
-        chosen = [(name, tokens) for name, tokens in named if tokens]
+        chosen = [(name, tokens) for name, tokens in _name_occurrences(_merge_shared(words)) if tokens]
     for name, tokens in chosen:
         if any(not 0 <= index < num_tokens - 1 for index in tokens):
             raise ArtifactError(
@@ -329,6 +313,19 @@ def _name_occurrences(words: Sequence[Mapping[str, Any]]) -> list[tuple[str, tup
     return named
 
 
+def _merge_shared(words: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Join neighbours that share a token (in scripts without spaces a token may span several words): no weight counts twice."""
+    merged: list[Mapping[str, Any]] = []
+    for word in words:
+        if merged and set(merged[-1]["tokens"]) & set(word["tokens"]):
+            both = [merged[-1], word]
+            tokens = list(dict.fromkeys([*both[0]["tokens"], *both[1]["tokens"]]))
+            merged[-1] = {"word": _joined(both), "span": [both[0]["span"][0], word["span"][1]], "tokens": tokens}
+        else:
+            merged.append(word)
+    return merged
+
+
 def _normal(text: str) -> str:
     """Compare without case, Unicode form, outer punctuation and runs of white space."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -340,9 +337,7 @@ def _normal(text: str) -> str:
     return text[start:end] or text
 
 
-def _find(
-    text: str, words: Sequence[Mapping[str, Any]], named: Sequence[tuple[str, tuple[int, ...]]]
-) -> tuple[str, tuple[int, ...]]:
+def _find(text: str, words: Sequence[Mapping[str, Any]], named: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[str, tuple[int, ...]]:
     """The run of adjacent words that spells ``text``: its name and tokens."""
     runs = _runs(text, words)
     occurrence = 1
@@ -356,11 +351,9 @@ def _find(
     if len(runs) > 1 and match is None:
         logger.info("%r occurs %d times; taking the first (ask for %s#2 for the second)", text, len(runs), text)
     first, last = runs[occurrence - 1]
-    tokens = tuple(index for _, part in named[first:last] for index in part)
+    tokens = tuple(dict.fromkeys(index for _, part in named[first:last] for index in part))
     if not tokens:
-        raise UsageError(
-            f"--attention_tokens: {text!r} is beyond the prompt's length limit; raise --max_sequence_length in stage 1"
-        )
+        raise UsageError(f"--attention_tokens: {text!r} is beyond the prompt's length limit; raise --max_sequence_length in stage 1")
     if last - first == 1:
         return named[first][0], tokens
     name = _joined(words[first:last])
@@ -508,9 +501,7 @@ class AttentionWriter:
                 (self.path / group.folder).mkdir(parents=True, exist_ok=True)
             write_json(self.path / VIDEO_METADATA, self._description)
         except OSError as error:
-            raise ArtifactError(
-                f"{self.path}: cannot write here ({error.strerror}); choose another --output_dir"
-            ) from error
+            raise ArtifactError(f"{self.path}: cannot write here ({error.strerror}); choose another --output_dir") from error
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-writer")
         self._pending: collections.deque[Future[None]] = collections.deque()
 
@@ -518,10 +509,7 @@ class AttentionWriter:
         info = dataclasses.asdict(self.info)
         info.update(token_ids=[int(i) for i in self.info.token_ids][: self.info.num_tokens], grid=list(self.info.grid))
         info["extra"] = dict(self.info.extra)
-        tokens = [
-            {"name": g.name, "folder": g.folder, "token_indices": list(g.token_indices)}
-            for g in self.groups[: -len(SPECIAL_GROUPS)]
-        ]
+        tokens = [{"name": g.name, "folder": g.folder, "token_indices": list(g.token_indices)} for g in self.groups[: -len(SPECIAL_GROUPS)]]
         keep = ("storage_format", "storage_dtype", "store_per_head", "store_per_block", "spatial_downsample_factor")
         return {
             "attention_storage_version": STORAGE_VERSION, "video_id": self.video_id, "tokens": tokens, "clip": info,
@@ -557,9 +545,7 @@ class AttentionWriter:
         # Waits for the device here, on this thread: the main one has already dispatched the next step.
         array = np.asarray(maps, dtype=np.float32)
         if not np.isfinite(array).all():
-            raise NumericalError(
-                f"{self.path}: attention of step {index} is not finite; rerun with --dtype float32, or report it"
-            )
+            raise NumericalError(f"{self.path}: attention of step {index} is not finite; rerun with --dtype float32, or report it")
         array = pool_mean(array, self.settings.spatial_downsample_factor)
         for group, values in zip(self.groups, array, strict=True):
             values = values.astype(self.settings.storage_dtype)
@@ -567,9 +553,7 @@ class AttentionWriter:
             _save_array(path, values, self.settings.storage_format, self.settings.compress_attention)
             write_json(_metadata_path(path), self._metadata(group, values, [index], "none", timestep))
 
-    def _metadata(
-        self, group: Target, values: np.ndarray, steps: list[int], method: str, timestep: float | None
-    ) -> dict[str, Any]:
+    def _metadata(self, group: Target, values: np.ndarray, steps: list[int], method: str, timestep: float | None) -> dict[str, Any]:
         info = self.info
         indices = () if group.folder == PAD else group.token_indices  # the pads are all positions from num_tokens on
         return {
@@ -585,7 +569,7 @@ class AttentionWriter:
             "axes": list(self.settings.axes),
             "latent_grid": list(info.grid),
             "spatial_downsample_factor": self.settings.spatial_downsample_factor,
-            "averaged_over": [name for name in ("block", "head") if name not in self.settings.axes] + (["step"] if method == "mean" else []),
+            "averaged_over": [name for name in ("block", "head") if name not in self.settings.axes] + ["step"] * (method == "mean"),
             "num_inference_steps": info.num_inference_steps,
             "timestep": timestep,
             "token_indices": list(indices),
@@ -674,9 +658,7 @@ def _load_array(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; {REMEDY}") from error
     except Exception as error:  # zipfile, zlib, pickle, numpy and torch raise a dozen kinds for a damaged file
-        raise ArtifactError(
-            f"{path}: damaged or foreign ({type(error).__name__}: {str(error)[:120]}); {REMEDY}"
-        ) from error
+        raise ArtifactError(f"{path}: damaged or foreign ({type(error).__name__}: {str(error)[:120]}); {REMEDY}") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
         raise ArtifactError(f"{path}: holds {getattr(values, 'dtype', type(values))}, wanted floats; {REMEDY}")
     if not np.isfinite(values).all():
@@ -732,13 +714,9 @@ class AttentionMetadata:
         data = _read_json(path)
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         try:
-            return cls(
-                **{k: v for k, v in data.items() if k in known}, extra={k: v for k, v in data.items() if k not in known}
-            )
+            return cls(**{k: v for k, v in data.items() if k in known}, extra={k: v for k, v in data.items() if k not in known})
         except TypeError as error:
-            raise ArtifactError(
-                f"{path}: {error}".replace("AttentionMetadata.__init__() ", "") + f"; {REMEDY}"
-            ) from error
+            raise ArtifactError(f"{path}: {error}".replace("AttentionMetadata.__init__() ", "") + f"; {REMEDY}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -784,9 +762,7 @@ class AttentionAnalyzer:
     def get_available_steps(self, video_id: str, token_word: str) -> list[int]:
         """Indices of the stored steps, ascending."""
         folder = self._video(video_id) / self.get_token_folder(video_id, token_word)
-        found = (
-            (re.fullmatch(r"step_(\d+)\.(npz|pt)", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-        )
+        found = (re.fullmatch(r"step_(\d+)\.(npz|pt)", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
         return sorted({int(match[1]) for match in found if match})
 
     def has_aggregated(self, video_id: str, token_word: str) -> bool:
@@ -801,9 +777,7 @@ class AttentionAnalyzer:
     def _video(self, video_id: str) -> Path:
         videos = self.get_available_videos()
         if video_id not in videos:
-            raise UsageError(
-                f"--video-id {video_id!r} is not in {self.attention_dir}; it has: {', '.join(videos) or '(none)'}"
-            )
+            raise UsageError(f"--video-id {video_id!r} is not in {self.attention_dir}; it has: {', '.join(videos) or '(none)'}")
         return self.attention_dir / video_id
 
     def _folders(self, video_id: str) -> dict[str, str]:
@@ -813,9 +787,7 @@ class AttentionAnalyzer:
         try:
             folders = {str(entry["name"]): str(entry["folder"]) for entry in listed}
         except (TypeError, KeyError) as error:
-            raise ArtifactError(
-                f"{path / VIDEO_METADATA}: tokens want name and folder ({error!r}); {REMEDY}"
-            ) from error
+            raise ArtifactError(f"{path / VIDEO_METADATA}: tokens want name and folder ({error!r}); {REMEDY}") from error
         if any(Path(folder).name != folder or folder in ("", ".", "..") for folder in folders.values()):
             raise ArtifactError(f"{path / VIDEO_METADATA}: a token's folder leaves the clip's own; {REMEDY}")
         known = set(folders.values())
@@ -837,9 +809,7 @@ class AttentionAnalyzer:
             if token_word == folder or _normal(name) == _normal(token_word):
                 return folder
         words = [name for name, folder in folders.items() if folder not in SPECIAL_GROUPS]
-        raise UsageError(
-            f"--token {token_word!r} was not stored for {video_id}; there are: {', '.join(words) or '(none)'}"
-        )
+        raise UsageError(f"--token {token_word!r} was not stored for {video_id}; there are: {', '.join(words) or '(none)'}")
 
     def _aggregated_path(self, video_id: str, token_word: str) -> Path | None:
         folder = self.get_token_folder(video_id, token_word)
@@ -872,9 +842,7 @@ class AttentionAnalyzer:
         metadata = AttentionMetadata.read(_metadata_path(path))
         values = _load_array(path)
         if list(values.shape) != list(metadata.shape) or str(values.dtype) != metadata.dtype:
-            raise ArtifactError(
-                f"{path}: {values.dtype}{list(values.shape)}, its metadata says {metadata.dtype}{metadata.shape}; {REMEDY}"
-            )
+            raise ArtifactError(f"{path}: {values.dtype}{list(values.shape)}, its metadata says {metadata.dtype}{metadata.shape}; {REMEDY}")
         return AttentionMap(values, metadata)
 
     def iter_steps(self, video_id: str, token_word: str) -> Iterator[tuple[int, AttentionMap]]:
@@ -885,9 +853,7 @@ class AttentionAnalyzer:
         """
         steps = self.get_available_steps(video_id, token_word)
         if not steps:
-            raise ArtifactError(
-                f"{self.attention_dir / video_id / self.get_token_folder(video_id, token_word)}: no steps stored; {REMEDY}"
-            )
+            raise ArtifactError(f"{self.attention_dir / video_id / self.get_token_folder(video_id, token_word)}: no steps stored; {REMEDY}")
         for expected, step in enumerate(steps):
             if expected != step:
                 self.load_step(video_id, token_word, expected)  # raises, naming the file
@@ -929,9 +895,7 @@ def frame_map(loaded: AttentionMap, block: int | None = None, head: int | None =
     if values.ndim == 2 and len(axes) == 3:  # maps of one picture, as the user guide's example shows them
         values = values[None]
     if values.ndim != len(axes) or axes[-3:] != ["frame", "y", "x"]:
-        raise ArtifactError(
-            f"a map of {loaded.metadata.token_word!r} is {list(values.shape)} with axes {axes}; {REMEDY}"
-        )
+        raise ArtifactError(f"a map of {loaded.metadata.token_word!r} is {list(values.shape)} with axes {axes}; {REMEDY}")
     values = values.astype(np.float32)
     for name, index in (("block", block), ("head", head)):
         if name in axes:
@@ -941,9 +905,7 @@ def frame_map(loaded: AttentionMap, block: int | None = None, head: int | None =
             values = values.mean(axis=axis) if index is None else values.take(index, axis=axis)
             axes.remove(name)
         elif index is not None:
-            raise UsageError(
-                f"--{name} {index}: the maps are means over {name}s; store them apart with store_per_{name}: true"
-            )
+            raise UsageError(f"--{name} {index}: the maps are means over {name}s; store them apart with store_per_{name}: true")
     return values
 
 

@@ -71,10 +71,7 @@ def build_report(
     video, frames = _frames(visualizer, first, original, stretch_time)
     raw = sum(_raw_bytes(one) for one in statistics)
     most_steps = max(1, MAP_BYTES // max(1, raw))
-    clips = [
-        _clip(visualizer, one, label, most_steps)
-        for one, label in zip(statistics, ("prompt", "negative prompt"), strict=False)
-    ]
+    clips = [_clip(visualizer, one, label, most_steps) for one, label in zip(statistics, ("prompt", "negative prompt"), strict=False)]
     names = list(dict.fromkeys((visualizer.colormap, *COLOUR_MAPS)))
     data = {
         "video": video,
@@ -86,12 +83,14 @@ def build_report(
             "percentile": visualizer.percentile, "colormap": visualizer.colormap,
         },
     }  # fmt: skip
-    environment = Environment(loader=PackageLoader("wan_common", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("wan_common", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     assert environment.loader is not None
     style, script = (Markup(environment.loader.get_source(environment, f"attention_report.{kind}")[0]) for kind in ("css", "js"))
     clip = visualizer.analyzer.get_video_metadata(video_id).get("clip", {})
     text = environment.get_template("attention_report.html.j2").render(
-        title=video_id, prompt=clip.get("prompt", ""), facts=_facts(visualizer, first, clip, video), tables=[_table(one) for one in statistics],
+        title=video_id, prompt=clip.get("prompt", ""), facts=_facts(visualizer, first, clip), tables=[_table(one) for one in statistics],
         labels=[one["label"] for one in clips], strongest=_strongest(first), data=data, style=style, script=script,
         explained=EXPLAINED, has_video=original is not None, negative=negative_id is not None,
     )  # fmt: skip
@@ -128,7 +127,9 @@ def _frames(
     size = (max(2, round(width * scale)), max(2, round(height * scale)))
     stride = max(1, math.ceil(info["frames"] / FRAME_COUNT))
     frames = []
-    for index, frame in enumerate(tqdm(read_video(original), total=info["frames"], desc="report: frames", leave=False, disable=not visualizer.progress)):
+    for index, frame in enumerate(
+        tqdm(read_video(original), total=info["frames"], desc="report: frames", leave=False, disable=not visualizer.progress)
+    ):
         if index % stride == 0:
             small = frame if scale == 1.0 else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
             frames.append(_encode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]))
@@ -190,7 +191,7 @@ def _clip(visualizer: AttentionVisualizer, statistics: ClipStatistics, label: st
         "id": video_id, "label": label, "steps": shown[:-1], "timesteps": [statistics.timesteps[row] for row in rows],
         "all_steps": statistics.steps, "grid": grid, "columns": columns, "maps": maps, "real": real, "ranges": ranges,
         "groups": [{"name": name, "special": name in SPECIAL_GROUPS} for name in statistics.groups],
-        "mass": _rounded(statistics.mass), "entropy": _rounded(statistics.entropy), "focus": _rounded(statistics.focus),
+        "mass": _rounded(statistics.mass), "entropy": _rounded(statistics.entropy), "spread": _rounded(statistics.spread),
         "share": _rounded(statistics.share) if complete else [],
     }  # fmt: skip
 
@@ -217,11 +218,14 @@ def _atlas(values: np.ndarray) -> tuple[dict[str, Any], int]:
     return {"png": _encode(".png", sheet, [cv2.IMWRITE_PNG_COMPRESSION, 6]), "low": low, "high": high}, columns
 
 
-def _facts(visualizer: AttentionVisualizer, statistics: ClipStatistics, clip: dict[str, Any], video: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(visualizer: AttentionVisualizer, statistics: ClipStatistics, clip: dict[str, Any]) -> list[tuple[str, str]]:
     metadata = statistics.metadata
     dimensions = metadata.video_dimensions
     facts = [
-        ("video", f"{dimensions.get('width')}×{dimensions.get('height')}, {dimensions.get('frames')} frames at {dimensions.get('fps')} fps"),
+        (
+            "video",
+            f"{dimensions.get('width')}×{dimensions.get('height')}, {dimensions.get('frames')} frames at {dimensions.get('fps')} fps",
+        ),
         ("token grid", " × ".join(map(str, metadata.latent_grid or metadata.shape[-3:])) + " (frames, rows, columns)"),
         ("steps", f"{len(statistics.steps)} of {metadata.num_inference_steps or len(statistics.steps)}"),
         ("averaged over", ", ".join(name + "s" for name in metadata.averaged_over if name != "step") or "nothing"),
@@ -241,7 +245,7 @@ def _table(statistics: ClipStatistics) -> list[dict[str, str]]:
         rows.append({
             "name": group, "special": "" if word else EXPLAINED.get(group, ""), "weight": f"{mass.mean():.5f}", "order": -mass.mean(),
             "share": "" if math.isnan(share) else f"{100 * share:.2f} %", "peak": number(statistics.peak[:, column].max()) if word else "",
-            "best": str(statistics.steps[int(mass.argmax())]), "focus": f"{statistics.focus[:, column].mean():.3f}" if word else "",
+            "best": str(statistics.steps[int(mass.argmax())]), "spread": f"{statistics.spread[:, column].mean():.3f}" if word else "",
         })  # fmt: skip
     return sorted(rows, key=lambda row: (bool(row["special"]), row["order"]))
 
@@ -253,5 +257,7 @@ def _strongest(statistics: ClipStatistics) -> list[dict[str, str]]:
             "step": str(step), "timestep": "" if timestep is None else f"{timestep:.0f}", "word": word,
             "weight": "" if math.isnan(weight) else f"{weight:.5f}", "entropy": f"{entropy:.3f}",
         }
-        for step, timestep, (word, weight), entropy in zip(statistics.steps, statistics.timesteps, strongest, statistics.entropy, strict=True)
+        for step, timestep, (word, weight), entropy in zip(
+            statistics.steps, statistics.timesteps, strongest, statistics.entropy, strict=True
+        )
     ]  # fmt: skip

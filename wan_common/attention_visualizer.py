@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from wan_common.atomic import atomic_path, make_output_dir, write_text
-from wan_common.attention_canvas import Canvas, blend, colour_table, figure_text, number, printable, scale_to_index
+from wan_common.attention_canvas import Canvas, blend, colour_table, number, printable, scale_to_index, set_text
 from wan_common.attention_maps import (
     EOS,
     NEGATIVE_SUFFIX,
@@ -130,7 +130,7 @@ class ClipStatistics:
         mass: [steps, groups]: mean weight over all image tokens.
         share: [steps, words]: mean of weight / (1 - pad - eos); NaN when pads were not stored.
         peak: [steps, words]: largest weight.
-        focus: [steps, words]: entropy of where the word acts, as a fraction of the uniform one: 1 everywhere alike, 0 one token.
+        spread: [steps, words]: the fraction of image tokens a word acts on, 2^entropy / tokens: 1 everywhere alike.
         entropy: [steps]: mean entropy in bits of an image token's distribution over the groups.
         frame_mass: [words, latent frames]: mean weight over steps and the frame's tokens.
         histograms: word -> percentiles of its weights. shares: the same of weight / real.
@@ -144,7 +144,7 @@ class ClipStatistics:
     mass: np.ndarray
     share: np.ndarray
     peak: np.ndarray
-    focus: np.ndarray
+    spread: np.ndarray
     entropy: np.ndarray
     frame_mass: np.ndarray
     histograms: dict[str, _Histogram]
@@ -250,14 +250,18 @@ class AttentionVisualizer:
         words = self.analyzer.get_available_tokens(video_id)
         groups = self.analyzer.get_available_tokens(video_id, include_special=True)
         if not groups:
-            raise ArtifactError(f"{self.analyzer.attention_dir / video_id}: no maps stored; rerun stage2_transformer.py with --store_attention --force")
+            raise ArtifactError(
+                f"{self.analyzer.attention_dir / video_id}: no maps stored; rerun stage2_transformer.py with --store_attention --force"
+            )
         streams = [self.analyzer.iter_steps(video_id, group) for group in groups]
         steps, timesteps, rows = [], [], []
-        peaks, focuses, shares, entropies = [], [], [], []
+        peaks, spreads, shares, entropies = [], [], [], []
         histograms, share_histograms = ({word: _Histogram() for word in words} for _ in range(2))
         frame_mass: Any = 0
         total = len(self.analyzer.get_available_steps(video_id, groups[0]))
-        for group_steps in tqdm(_together(streams, groups), total=total, desc=f"{video_id}: statistics", leave=False, disable=not self.progress):
+        for group_steps in tqdm(
+            _together(streams, groups), total=total, desc=f"{video_id}: statistics", leave=False, disable=not self.progress
+        ):
             step, first = group_steps[0]
             maps = np.stack([self._values(loaded) for _, loaded in group_steps])  # [G, F, H, W]
             chosen = maps[: len(words)]
@@ -266,7 +270,7 @@ class AttentionVisualizer:
             timesteps.append(metadata.timestep)
             rows.append(maps.mean(axis=(1, 2, 3)))
             peaks.append(chosen.max(axis=(1, 2, 3), initial=0))
-            focuses.append([_entropy(one.ravel()) / math.log2(max(one.size, 2)) for one in chosen])
+            spreads.append([2 ** _entropy(one.ravel()) / one.size for one in chosen])
             entropies.append(_entropy(maps.reshape(len(groups), -1)).mean())
             frame_mass = frame_mass + chosen.mean(axis=(2, 3))
             real = np.maximum(1 - maps[groups.index(PAD)] - maps[groups.index(EOS)], _TINY) if PAD in groups and EOS in groups else None
@@ -279,7 +283,7 @@ class AttentionVisualizer:
         if len(steps) < metadata.num_inference_steps:
             logger.warning("%s: %d of %d steps are stored so far", video_id, len(steps), metadata.num_inference_steps)
         return ClipStatistics(
-            video_id, words, groups, steps, timesteps, np.array(rows), np.array(shares), np.array(peaks), np.array(focuses),
+            video_id, words, groups, steps, timesteps, np.array(rows), np.array(shares), np.array(peaks), np.array(spreads),
             np.array(entropies), frame_mass / len(steps), histograms, share_histograms, metadata,
         )  # fmt: skip
 
@@ -377,7 +381,7 @@ class AttentionVisualizer:
         rate = fps or rate
         with VideoWriter(output_path, rate, metadata={"prompt": self._prompt(video_id), "token": token_word}) as writer:
             for index, (canvas, pictures, status) in enumerate(frames):
-                stamp = f"{index / rate:06.2f} s   " if include_timestamp else ""
+                stamp = f"{index / rate:06.2f} s · " if include_timestamp else ""
                 writer.append(canvas.render(pictures, stamp + status))
         return output_path
 
@@ -400,15 +404,10 @@ class AttentionVisualizer:
         return (limits.low, limits.high, label) if self.include_colorbar else None
 
     def _subtitle(self, video_id: str) -> str:
-        parts = ["mean over" + ("" if self.block is not None else " blocks") + ("" if self.head is not None else " heads")]
-        if self.block is not None:
-            parts.append(f"block {self.block}")
-        if self.head is not None:
-            parts.append(f"head {self.head}")
-        if self.block is not None and self.head is not None:
-            parts = parts[1:]
-        prompt = self._prompt(video_id)
-        return f"{video_id}   {', '.join(parts)}   normalised: {self.normalize}" + (f"   {prompt}" if prompt else "")
+        picked = [f"{name} {index}" for name, index in (("block", self.block), ("head", self.head)) if index is not None]
+        averaged = [f"{name}s" for name, index in (("block", self.block), ("head", self.head)) if index is None]
+        parts = [video_id, *picked, *([f"mean over {' and '.join(averaged)}"] if averaged else []), f"colours: {self.normalize}"]
+        return " · ".join([*parts, self._prompt(video_id)]).rstrip(" ·")
 
     def _evolution(self, video_id: str, token: str, between: int) -> Iterator[tuple[Canvas, list[np.ndarray], str]]:
         shared = self._shared_range(video_id, token, evolution=True)
@@ -416,7 +415,9 @@ class AttentionVisualizer:
         steps = self.analyzer.get_available_steps(video_id, token)
         canvas: Canvas | None = None
         previous: np.ndarray | None = None
-        for step, _ in tqdm(self._checked_steps(video_id, token), total=len(steps), desc=f"{token}: attention", leave=False, disable=not self.progress):
+        for step, _ in tqdm(
+            self._checked_steps(video_id, token), total=len(steps), desc=f"{token}: attention", leave=False, disable=not self.progress
+        ):
             values, metadata = self._map(video_id, token, step)
             shown = _spread(len(values), MAX_TILES)
             if canvas is None:
@@ -428,8 +429,9 @@ class AttentionVisualizer:
                 share = (part + 1) / (between + 1)
                 mixed = tiles if previous is None or share == 1 else previous * (1 - share) + tiles * share
                 pictures, note = self._colour(mixed, metadata, shared)
-                timestep = "" if metadata.timestep is None else f"   t = {metadata.timestep:.0f}"
-                yield canvas, pictures, f"step {step if share == 1 else step - 1 + share:{'d' if share == 1 else '.2f'}} of {steps[-1]}{timestep}   mean {number(float(mixed.mean()))}   {note}"
+                timestep = "" if metadata.timestep is None else f" · t = {metadata.timestep:.0f}"
+                place = f"{step}" if share == 1 else f"{step - 1 + share:.2f}"
+                yield canvas, pictures, f"step {place} of {steps[-1]}{timestep} · mean {number(float(mixed.mean()))} · {note}"
             previous = tiles
 
     def _checked_steps(self, video_id: str, token: str) -> Iterator[tuple[int, None]]:
@@ -460,7 +462,7 @@ class AttentionVisualizer:
         canvas = self._canvas(video_id, token, what, metadata, shared, shown)
         pictures, note = self._colour(values[shown], metadata, shared)
         for _ in range(max(1, round(self.static_duration * fps))):
-            yield canvas, pictures, f"mean {number(float(values.mean()))}   {note}"
+            yield canvas, pictures, f"mean {number(float(values.mean()))} · {note}"
 
     def _overlay(
         self, video_id: str, token: str, original: Path, alpha: float, step: int | None, stretch: bool
@@ -478,14 +480,18 @@ class AttentionVisualizer:
         width, height = info["size"]
         enlarge = max(1, math.ceil(360 / min(width, height)))  # captions need room beside a tiny clip
         what = "attention, mean over steps" if step is None else f"attention at step {step}"
-        canvas = Canvas(None, f"“{token}”: {what}", self._subtitle(video_id), [""], (width * enlarge, height * enlarge), self.table, self._bar(shared))
+        canvas = Canvas(
+            None, f"“{token}”: {what}", self._subtitle(video_id), [""], (width * enlarge, height * enlarge), self.table, self._bar(shared)
+        )
         expected = _frame_count(metadata, len(values))
-        for index, frame in enumerate(tqdm(read_video(original), total=info["frames"], desc=f"{token}: overlay", leave=False, disable=not self.progress)):
+        for index, frame in enumerate(
+            tqdm(read_video(original), total=info["frames"], desc=f"{token}: overlay", leave=False, disable=not self.progress)
+        ):
             source = index if info["frames"] == expected else round(index * (expected - 1) / max(1, info["frames"] - 1))
             latent = min(latent_frame_of(source), len(values) - 1)
             limits = self._range(shared, values[latent])
             picture = self.create_overlay(frame, values[latent], metadata, alpha, limits, enlarge)
-            yield canvas, [picture], f"frame {index} of {info['frames'] - 1}   latent frame {latent}   range {limits}"
+            yield canvas, [picture], f"frame {index} of {info['frames'] - 1} · latent frame {latent} · range {limits}"
 
     def create_overlay(
         self, frame: np.ndarray, weights: np.ndarray, metadata: AttentionMetadata, alpha: float = 0.6, limits: Range | None = None,
@@ -514,7 +520,7 @@ class AttentionVisualizer:
             canvas = self._canvas(video_id, token_word, "attention, mean over steps", metadata, shared, shown)
             pictures, note = self._colour(mean[shown], metadata, shared)
             make_output_dir(Path(save_path).parent, "--output_dir")
-            save_png(save_path, canvas.render(pictures, f"mean {number(float(mean.mean()))}   {note}"))
+            save_png(save_path, canvas.render(pictures, f"mean {number(float(mean.mean()))} · {note}"))
         if aggregate_steps:
             return mean
         return np.stack([self._map(video_id, token_word, step)[0] for step, _ in self._checked_steps(video_id, token_word)])
@@ -534,43 +540,44 @@ class AttentionVisualizer:
         if not tokens:
             raise UsageError(f"{video_id} has no words to compare")
         shown = [statistics.steps[index] for index in _spread(len(statistics.steps), 5)]
-        figure = Figure(figsize=(self.figsize[0], max(self.figsize[1], 2.6 + 1.6 * len(tokens))), dpi=DPI, layout="constrained")
+        height = 2.2 + max(self.figsize[1] - 2.2, 1.3 * len(tokens) + 0.4)
+        figure = Figure(figsize=(self.figsize[0], height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(tokens) + 1, len(shown), height_ratios=[1.6] + [1] * len(tokens))
-        for half, (name, row) in enumerate((("mean weight", statistics.mass), ("focus (1: everywhere alike)", statistics.focus))):
-            middle = len(shown) // 2
-            if half == 1 and len(shown) == 1:
-                continue
-            columns = slice(0, max(1, middle)) if half == 0 else slice(max(1, middle), None)
-            axes = figure.add_subplot(grid[0, columns])
+        curves, maps = figure.subfigures(2, 1, height_ratios=[2.2, height - 2.2])
+        panels = (
+            ("mean weight", statistics.mass, statistics.groups),
+            ("spread (1: everywhere alike)", statistics.spread, statistics.words),
+        )
+        for axes, (name, rows, names) in zip(curves.subplots(1, 2), panels, strict=True):
             for token in tokens:
-                names = statistics.groups if half == 0 else statistics.words
                 if token in names:
-                    axes.plot(statistics.steps, row[:, names.index(token)], label=printable(token)[0], marker="." if len(statistics.steps) < 30 else None)
+                    axes.plot(
+                        statistics.steps, rows[:, names.index(token)], marker="." if len(statistics.steps) < 30 else None, label="word"
+                    )
             axes.set_xlabel("step")
             axes.set_title(name, fontsize=10)
-            if half == 0:
-                legend = axes.legend(fontsize=8)
-                for entry, token in zip(legend.get_texts(), tokens, strict=False):
-                    _set_text(entry, token)
-        images = []
-        for row_index, token in enumerate(tokens):
+        for entry, token in zip(curves.axes[0].legend(fontsize=8).get_texts(), tokens, strict=True):
+            set_text(entry, token)
+        grid = maps.subplots(len(tokens), len(shown), squeeze=False)
+        for row, token in enumerate(tokens):
             limits = self._shared_range(video_id, token, evolution=True)
             for column, step in enumerate(shown):
                 values, metadata = self._map(video_id, token, step)
                 picture = expand(values.mean(axis=0), metadata)
                 own = self._range(limits, picture)
-                axes = figure.add_subplot(grid[row_index + 1, column])
-                images.append(axes.imshow(picture, cmap=self.colormap, vmin=own.low, vmax=own.high))
+                axes = grid[row, column]
+                image = axes.imshow(picture, cmap=self.colormap, vmin=own.low, vmax=own.high)
                 axes.set_xticks([])
                 axes.set_yticks([])
-                if row_index == 0:
+                if row == 0:
                     axes.set_title(f"step {step}", fontsize=9)
                 if column == 0:
-                    _set_text(axes.set_ylabel(""), token)
-            if self.include_colorbar and self.normalize != "frame":
-                figure.colorbar(images[-1], ax=[image.axes for image in images[-len(shown) :]], fraction=0.02, pad=0.01)
-        _set_text(figure.suptitle("", fontsize=11), f"{video_id}: {self._prompt(video_id)}"[:140])
+                    set_text(axes.set_ylabel(""), token)
+            if self.include_colorbar and self.normalize == "word":
+                maps.colorbar(image, ax=list(grid[row]), fraction=0.02, pad=0.01)
+        if self.include_colorbar and self.normalize in ("global", "none"):
+            maps.colorbar(image, ax=list(grid.ravel()), fraction=0.02, pad=0.01, label="weight")
+        set_text(figure.suptitle("", fontsize=11), f"{video_id}: {self._prompt(video_id)}"[:140])
         if save_path is not None:
             make_output_dir(Path(save_path).parent, "--output_dir")
             with atomic_path(save_path) as temporary:
@@ -620,7 +627,13 @@ class AttentionVisualizer:
                 scale = self._range(limits, matrix)
                 index = scale_to_index(matrix, scale.low, scale.high)
             if drawing is None:
-                label = "of each word's range" if self.normalize == "word" else "of this step's range" if self.normalize == "frame" else "weight"
+                label = (
+                    "of each word's range"
+                    if self.normalize == "word"
+                    else "of this step's range"
+                    if self.normalize == "frame"
+                    else "weight"
+                )
                 drawing = _Heatmap(groups, bins, matrix.shape[0] // bins, self.figsize, self.colormap, scale, label, self.include_colorbar)
             at = "" if timestep is None else f" (t = {timestep:.0f})"
             picture = drawing.draw(self.table[index], f"step {step}{at}: text tokens by image tokens, range {scale}")
@@ -658,14 +671,22 @@ class AttentionVisualizer:
         out(f"- video: {_md(video_id)}")
         if clip.get("prompt"):
             out(f"- prompt: {_md(clip['prompt'])}")
-        out(f"- size: {dimensions.get('width')}x{dimensions.get('height')}, {dimensions.get('frames')} frames at {dimensions.get('fps')} fps; token grid (frames, rows, columns) {_shape(statistics.metadata)}")
-        out(f"- steps stored: {len(statistics.steps)} of {statistics.metadata.num_inference_steps or len(statistics.steps)}; averaged over {', '.join(statistics.metadata.averaged_over) or 'nothing'}")
+        out(
+            f"- size: {dimensions.get('width')}x{dimensions.get('height')}, {dimensions.get('frames')} frames at "
+            f"{dimensions.get('fps')} fps; token grid (frames, rows, columns) {_shape(statistics.metadata)}"
+        )
+        out(
+            f"- steps stored: {len(statistics.steps)} of {statistics.metadata.num_inference_steps or len(statistics.steps)}; "
+            f"averaged over {', '.join(statistics.metadata.averaged_over) or 'nothing'}"
+        )
         out("\nWeights are exact softmax weights of cross-attention, averaged over image tokens. `_other` are the prompt's real tokens "
             "that were not followed, `_eos` its end token, `_pad` all padding after it (Wan masks none of it).\n")  # fmt: skip
         out("## Token importance\n")
-        out("| token | mean weight | share of real words | largest weight | strongest at step | focus (1: everywhere alike) |")
+        out("| token | mean weight | share of real words | largest weight | strongest at step | spread (1: everywhere alike) |")
         out("| --- | ---: | ---: | ---: | ---: | ---: |")
-        order = sorted(range(len(statistics.groups)), key=lambda column: (column >= len(statistics.words), -statistics.mass[:, column].mean()))
+        order = sorted(
+            range(len(statistics.groups)), key=lambda column: (column >= len(statistics.words), -statistics.mass[:, column].mean())
+        )
         for column in order:
             mass = statistics.mass[:, column]
             best = statistics.steps[int(mass.argmax())]
@@ -673,7 +694,7 @@ class AttentionVisualizer:
             share = ""
             if column < len(statistics.words):
                 share = _percent(statistics.share[:, column].mean())
-                rest = f"{number(statistics.peak[:, column].max())} | {best} | {statistics.focus[:, column].mean():.3f}"
+                rest = f"{number(statistics.peak[:, column].max())} | {best} | {statistics.spread[:, column].mean():.3f}"
                 out(f"| {_md(statistics.groups[column])} | {number(mass.mean())} | {share} | {rest} |")
             else:
                 out(f"| {_md(statistics.groups[column])} | {number(mass.mean())} | | | {best} | |")
@@ -696,7 +717,8 @@ class AttentionVisualizer:
         strongest = statistics.strongest() or [("", math.nan)] * len(statistics.steps)
         for row, (word, weight) in enumerate(strongest):
             timestep = statistics.timesteps[row]
-            out(f"| {statistics.steps[row]} | {'' if timestep is None else f'{timestep:.0f}'} | {_md(word)} | {number(weight)} | {statistics.entropy[row]:.3f} |")
+            at = "" if timestep is None else f"{timestep:.0f}"
+            out(f"| {statistics.steps[row]} | {at} | {_md(word)} | {number(weight)} | {statistics.entropy[row]:.3f} |")
         make_output_dir(Path(output_path).parent)
         write_text(output_path, text.getvalue())
         return Path(output_path)
@@ -706,7 +728,15 @@ class _Heatmap:
     """The step picture: axes and labels are drawn once by matplotlib, then only the matrix and the title change."""
 
     def __init__(
-        self, groups: Sequence[str], bins: int, frames: int, figsize: tuple[float, float], colormap: str, scale: Range, label: str, bar: bool
+        self,
+        groups: Sequence[str],
+        bins: int,
+        frames: int,
+        figsize: tuple[float, float],
+        colormap: str,
+        scale: Range,
+        label: str,
+        bar: bool,
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.cm import ScalarMappable
@@ -720,8 +750,9 @@ class _Heatmap:
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylim(bins * frames - 0.5, -0.5)
         axes.set_xticks(range(len(groups)))
-        for tick, group in zip(axes.set_xticklabels([""] * len(groups), rotation=40, ha="right"), groups, strict=True):
-            _set_text(tick, group if len(group) < 24 else group[:23] + "…")
+        names = [group if len(group) < 24 else group[:23] + "…" for group in groups]
+        for tick, name in zip(axes.set_xticklabels([printable(name)[0] for name in names], rotation=40, ha="right"), names, strict=True):
+            set_text(tick, name)
         shown = _spread(frames, 12)
         axes.set_yticks([frame * bins for frame in shown])
         axes.set_yticklabels([f"latent {frame}" for frame in shown], fontsize=8)
@@ -768,15 +799,6 @@ def save_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
 
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary, format="PNG")
-
-
-def _set_text(artist: Any, text: str) -> None:
-    arguments = figure_text(text)
-    size = artist.get_fontsize()
-    artist.set_text(arguments["s"])
-    artist.set_parse_math(False)
-    artist.set_fontproperties(arguments["fontproperties"])
-    artist.set_fontsize(size)
 
 
 def expand(weights: np.ndarray, metadata: AttentionMetadata) -> np.ndarray:
@@ -840,7 +862,9 @@ def _together(streams: Sequence[Iterator[tuple[int, AttentionMap]]], groups: Seq
         if len(steps) != 1:
             lacking = next(group for group, entry in zip(groups, entries, strict=True) if entry is None)
             present = next(entry for entry in entries if entry is not None)
-            raise ArtifactError(f"{lacking}: step {present[0]} is missing, others have it; rerun stage2_transformer.py with --store_attention --force")
+            raise ArtifactError(
+                f"{lacking}: step {present[0]} is missing, others have it; rerun stage2_transformer.py with --store_attention --force"
+            )
         yield list(entries)
 
 

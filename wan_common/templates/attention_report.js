@@ -227,10 +227,10 @@
     for (let tick = 0; tick <= 3; tick++) {
       const value = least + (tick / 3) * (most - least);
       root.append(svg("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value), stroke: "#2d2d36" }));
-      root.append(svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format(value)));
+      root.append(svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, Math.abs(value) >= 0.001 ? value.toPrecision(4) : format(value)));
     }
     for (const row of new Set([0, Math.floor((count - 1) / 2), count - 1]))
-      root.append(svg("text", { x: stepX(row, count), y: HEIGHT - 8, "text-anchor": "middle" }, `step ${main.all_steps[row]}`));
+      root.append(svg("text", { x: stepX(row, count), y: HEIGHT - 8, "text-anchor": row && row === count - 1 ? "end" : "middle" }, `step ${main.all_steps[row]}`));
     for (const one of series) {
       const points = one.values.map((value, row) => `${stepX(row, count).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
       const line = svg("polyline", { points, fill: "none", stroke: one.colour, "stroke-width": 2, "stroke-linejoin": "round" });
@@ -285,7 +285,7 @@
     const words = main.groups.map((group, index) => ({ ...group, index })).filter((group) => !group.special);
     const series = (rows) => words.map((word) => ({ name: word.name, group: word.index, colour: colourOf(0, word.index), values: rows.map((row) => row[word.index]) }));
     chart("chart-mass", series(main.mass));
-    chart("chart-focus", series(main.focus));
+    chart("chart-spread", series(main.spread));
     chart("chart-entropy", [{ name: "entropy", colour: "#f0f0f2", values: main.entropy }]);
     importance();
   }
