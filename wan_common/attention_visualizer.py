@@ -543,7 +543,8 @@ class AttentionVisualizer:
         height = 2.2 + max(self.figsize[1] - 2.2, 1.3 * len(tokens) + 0.4)
         figure = Figure(figsize=(self.figsize[0], height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        curves, maps = figure.subfigures(2, 1, height_ratios=[2.2, height - 2.2])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[2.2, height - 2.2])
+        curves, maps = parts
         panels = (
             ("mean weight", statistics.mass, statistics.groups),
             ("spread (1: everywhere alike)", statistics.spread, statistics.words),
