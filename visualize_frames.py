@@ -112,6 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.output_dir = args.output_dir or folder or DEFAULT_OUTPUT
     args.model_id = args.model_id or run.model_id
     args.dtype = args.dtype or run.dtype
+    args.jax_cache_dir = run.jax_cache_dir
     args.save_tensor_stats = bool(stats) if args.save_tensor_stats is None else args.save_tensor_stats
     if args.frames and "all" in args.frames and len(args.frames) > 1:
         raise UsageError(f"--frames {' '.join(map(str, args.frames))}: wanted numbers, or all alone")
@@ -168,8 +169,10 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
         from wan_common.latent_rgb import load_latent_rgb
 
         return rgb_decoder(load_latent_rgb(find_model(model_id, ()).path))
+    from wan_common.mesh import prepare_jax
     from wan_common.vae import load_vae_decoder
 
+    prepare_jax(args.jax_cache_dir)
     return vae_decoder(load_vae_decoder(find_model(model_id, ("vae",)).path, args.dtype))
 
 

@@ -205,9 +205,7 @@ def test_a_continued_clip_keeps_its_earlier_steps(copy: Path) -> None:
             writer.step(i, x, x, 0, 1, 0)
     assert len(StepLatents.open(copy).steps) == STEPS
     for settings, dtype in ((metadata(), "float16"), (metadata(fingerprint="clip0"), "bfloat16")):
-        with pytest.raises(
-            ArtifactError, match="0 of the 7 steps before this one are there; restart .*--save_step_latents"
-        ):
+        with pytest.raises(ArtifactError, match=r"0 of the 7 steps before this one are there; restart .*--save_step_latents"):
             StepLatentsWriter(copy, settings, dtype, first_step=7)
     assert len(list(copy.iterdir())) == STEPS + 1  # refusing removed nothing
 
@@ -228,7 +226,7 @@ def test_what_the_writer_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not int8"):
         StepLatentsWriter(tmp_path, metadata(), "int8")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot write step latents here.*--save_step_latents"):
+    with pytest.raises(ArtifactError, match=r"cannot write here.*--save_step_latents"):
         StepLatentsWriter(tmp_path / "file" / "clip", metadata())
 
 
@@ -289,9 +287,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_spoiled_clips_are_refused_and_nothing_is_written(
-    copy: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_spoiled_clips_are_refused_and_nothing_is_written(copy: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     spoil(copy, how)
     with pytest.raises(ArtifactError, match=SPOILED[how] + r".*stage2_transformer.py --save_step_latents"):
         StepLatents.open(copy)
@@ -301,9 +297,9 @@ def test_spoiled_clips_are_refused_and_nothing_is_written(
 
 
 def test_a_run_without_step_latents_names_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no step_latents folder in it; .*--save_step_latents"):
+    with pytest.raises(ArtifactError, match=r"no step_latents folder in it; .*--save_step_latents"):
         visualize_frames.main(["--input_dir", str(tmp_path)])
-    with pytest.raises(ArtifactError, match="--step_latents step_latents_seed9: no such folder.*--save_step_latents"):
+    with pytest.raises(ArtifactError, match=r"--step_latents step_latents_seed9: no such folder.*--save_step_latents"):
         visualize_frames.main(["--input_dir", str(tmp_path), "--step_latents", "step_latents_seed9"])
 
 
@@ -392,11 +388,11 @@ def test_the_contact_sheet_goes_from_noise_to_the_final_frame(run: Path, drawn: 
     sheet = read_png(drawn / frame_debug.CONTACT_SHEET)
     clip = StepLatents.open(run / "step_latents")
     coefficients = load_latent_rgb(MODEL)
-    height, width = frame_debug.cell_size(STEPS + 1, 4, WIDTH / HEIGHT)
+    size = frame_debug.cell_size(STEPS + 1, 4, SHAPE[3:])
     places = []
     for latents in (clip.initial_noise(), clip.read(clip.steps[0])[0], clip.read(clip.steps[-1])[0]):
         picture = latents_to_rgb(latents[0].astype(np.float32), coefficients)[0]
-        cell = frame_debug.fit(picture, height, width)
+        cell = frame_debug.fit(picture, size)
         scores = cv2.matchTemplate(sheet, cell, cv2.TM_SQDIFF)
         places.append(np.unravel_index(scores.argmin(), scores.shape))
         assert scores.min() <= 1e-6 * cell.size * 255**2
@@ -509,9 +505,7 @@ def test_several_seeds_side_by_side(run: Path, tmp_path: Path) -> None:
     assert read_png(out / frame_debug.CLIPS_SHEET).ndim == read_png(out / frame_debug.CLIPS_PLOT).ndim == 3
     visualize(folder, tmp_path / "one", "--step_latents", "step_latents_seed2")
     assert (tmp_path / "one" / frame_debug.CONTACT_SHEET).is_file() and not (tmp_path / "one" / "seed2").exists()
-    names = visualize_frames.parse_args(
-        ["--input_dir", str(folder), "--step_latents", "step_latents_seed2", str(run / "step_latents")]
-    )
+    names = visualize_frames.parse_args(["--input_dir", str(folder), "--step_latents", "step_latents_seed2", str(run / "step_latents")])
     assert [*visualize_frames.open_clips(names)] == ["seed2", run.name]
 
 
@@ -543,9 +537,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path: Path) -> None:
         (["--step_latents", "step_latents", "step_latents"], "a clip is named twice"),
     ],
 )
-def test_requests_that_cannot_be_met(
-    run: Path, tmp_path: Path, flags: list[str], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_requests_that_cannot_be_met(run: Path, tmp_path: Path, flags: list[str], message: str, caplog: pytest.LogCaptureFixture) -> None:
     argv = ["--input_dir", str(run), "--output_dir", str(tmp_path / "views"), "--model_id", str(MODEL), *flags]
     with pytest.raises(visualize_frames.UsageError, match=message):
         visualize_frames.main(argv)
@@ -555,7 +547,7 @@ def test_requests_that_cannot_be_met(
 def test_an_output_that_cannot_be_written(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ArtifactError, match="cannot write here .*--output_dir"):
+        with pytest.raises(ArtifactError, match=r"cannot write here .*--output_dir"):
             visualize_frames.main(["--input_dir", str(run), "--output_dir", str(out), "--model_id", str(MODEL)])
     assert (tmp_path / "file").read_text() == "not a folder"
 
@@ -597,20 +589,21 @@ def test_the_live_preview_shows_x0(tmp_path: Path) -> None:
 
 
 def test_the_vae_decoder_shows_what_stage_3_decodes(tmp_path: Path) -> None:
-    """The x0 of the last step is the final latents: decoded, they differ by the rounding of the step latents' fp16."""
+    """The x0 of the last step is the final latents: decoded, they differ by what fp16 rounds of the latents."""
+    from wan_common.mesh import MeshShape, make_mesh
     from wan_common.vae import load_vae_decoder
 
-    final = denoise(tmp_path / "step_latents", 3)
-    vae = load_vae_decoder(MODEL, "bfloat16")
-    expected = np.concatenate(list(vae.decode(final)))
+    final = denoise(tmp_path / "step_latents", 3)[:, :, :2, :4, :4]
     clip = StepLatents.open(tmp_path / "step_latents")
-    x0 = clip.read(clip.steps[-1])[1].astype(np.float32)
-    pictures = frame_views.vae_decoder(vae).frames(x0, range(FRAMES))
-    for i in range(FRAMES):
-        difference = np.abs(pictures[i].astype(int) - expected[i])
-        assert difference.mean() < 1 and difference.max() <= 16
-    some = frame_views.vae_decoder(vae).frames(x0, [0, 5])
-    assert [*some] == [0, 5] and (some[5] == pictures[5]).all()
+    x0 = clip.read(clip.steps[-1])[1].astype(np.float32)[:, :, :2, :4, :4]
+    vae = load_vae_decoder(MODEL, "float32", make_mesh(MeshShape(), jax.devices()[:1]))
+    expected = np.concatenate(list(vae.decode(final))).astype(int)
+    pictures = frame_views.vae_decoder(vae).frames(x0, range(5))
+    difference = np.abs(np.stack([*pictures.values()]) - expected)
+    # 1 and 0.01 observed; in bf16 a mean of 1.2, where that decoder itself is 1.0 from the fp32 one (untrained weights).
+    assert difference.max() <= 2 and difference.mean() < 0.1
+    some = frame_views.vae_decoder(vae).frames(x0, [0, 3])
+    assert [*some] == [0, 3] and (some[3] == pictures[3]).all()
     x0[0, 0, 1, 0, 0] = np.nan
-    assert (frame_views.vae_decoder(vae).frames(x0, [5])[5] == frame_views.BAD).all()
+    assert (frame_views.vae_decoder(vae).frames(x0, [3])[3] == frame_views.BAD).all()
     assert (frame_views.vae_decoder(vae).frames(x0, [0])[0] == pictures[0]).all()  # frame 0 comes before the NaN

@@ -110,9 +110,7 @@ class _Folder:
         self._entries: dict[str, dict[str, Any]] = {}
         self._names: set[str] = set()
 
-    def save(
-        self, kind: str, entry: Entry, group: Sequence[int], drawn: np.ndarray, shown: np.ndarray, tensor: str | None
-    ) -> None:
+    def save(self, kind: str, entry: Entry, group: Sequence[int], drawn: np.ndarray, shown: np.ndarray, tensor: str | None) -> None:
         """Save ``drawn`` as the picture of each video frame of ``group``.
 
         The statistics are of the entry's ``tensor`` with those of what is ``shown`` of it; of ``shown`` alone for None.
@@ -210,9 +208,8 @@ class _View:
 class _Sheet:
     """Collects the cells of a contact sheet: rows are evenly chosen entries, columns frames or clips, blocks x and x0."""
 
-    def __init__(self, entry_count: int, columns: Sequence[str], column_name: str, aspect: float, title: str):
+    def __init__(self, entry_count: int, columns: Sequence[str], column_name: str, title: str):
         self._rows = set(evenly(range(entry_count), MAX_ROWS))
-        self._height, self._width = cell_size(len(self._rows), 2 * len(columns), aspect)
         self._columns, self._axes, self._title = columns, (column_name, "denoising step"), title
         self._blocks: dict[str, list[list[np.ndarray]]] = {"x (noisy latents)": [], "predicted x0": []}
         self._labels: list[str] = []
@@ -222,9 +219,10 @@ class _Sheet:
         if number not in self._rows:
             return
         self._labels.append(label)
-        blank = np.full((self._height, self._width, 3), BLANK, np.uint8)
+        cell = cell_size(len(self._rows), 2 * len(self._columns), x[0].shape[:2])
+        blank = np.full((*cell, 3), BLANK, np.uint8)
         for cells, pictures in zip(self._blocks.values(), (x, x0), strict=True):
-            cells.append([fit(p, self._height, self._width) for p in pictures] or [blank] * len(self._columns))
+            cells.append([fit(picture, cell) for picture in pictures] or [blank] * len(self._columns))
 
     def write(self, path: Path) -> Path:
         """Write the sheet as a PNG. Returns ``path``."""
@@ -290,7 +288,7 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
     sheet_columns = [f"{i}" for i in sheet_frames]
     name = f"{clip.directory.name}: {len(clip.steps)} steps, seed {clip.seed}"
     title = f"{name}, decoded by {decoder.name}"
-    sheet = _Sheet(count, sheet_columns, "video frame", width / height, title)
+    sheet = _Sheet(count, sheet_columns, "video frame", title)
     final = decoder.frames(_last(clip), sorted({*frames, *beside}))
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(BackgroundWriter(depth=8))
@@ -302,15 +300,9 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
         shared = decoder.name == "rgb"
         by = f"decoded by {decoder.name}"
         noise = _View("noise", noise_figure, frames, True, noise_caption, folder, evolution)
-        images = _View(
-            "current_image", image_figure, frames, shared, lambda g: f"x {by}, {_span(g)}", folder, denoising
-        )
-        predictions = _View(
-            "predicted_x0", image_figure, frames, shared, lambda g: f"predicted x0 {by}, {_span(g)}", folder
-        )
-        for number, entry in enumerate(
-            tqdm(entries(clip), total=count, desc=f"{clip.directory.name}: drawing", unit="step")
-        ):
+        images = _View("current_image", image_figure, frames, shared, lambda g: f"x {by}, {_span(g)}", folder, denoising)
+        predictions = _View("predicted_x0", image_figure, frames, shared, lambda g: f"predicted x0 {by}, {_span(g)}", folder)
+        for number, entry in enumerate(tqdm(entries(clip), total=count, desc=f"{clip.directory.name}: drawing", unit="step")):
             x = decoder.frames(entry.x.astype(np.float32), needed)
             noise.show(entry, {i: entry.x[0, options.channel, latent_frame(i)] for i in frames}, "latents")
             images.show(entry, x, None)
@@ -352,7 +344,7 @@ def compare_clips(
     size = _panel_size(2, len(clips), aspect)
     figure = PanelFigure(size, titles, SIGMA_BAR, (8 * width, 8 * height), PIXEL_AXES, columns=len(clips))
     title = f"video frame {frame}, decoded by {decoder.name}"
-    sheet = _Sheet(count, list(clips), "clip", aspect, title)
+    sheet = _Sheet(count, list(clips), "clip", title)
     streams = {name: entries(clip) for name, clip in clips.items()}
     cells: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with VideoWriter(output_dir / CLIPS_VIDEO, options.fps) as video:

@@ -140,24 +140,22 @@ class PanelFigure:
         return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
 
 
-def fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """``picture`` [h, w, 3] centred on a [height, width, 3] cell: whole-number enlarged or area-averaged, ratio kept."""
-    scale = min(height / picture.shape[0], width / picture.shape[1])
-    if scale >= 1:
-        picture = picture.repeat(int(scale), axis=0).repeat(int(scale), axis=1)
-    else:
-        size = (max(1, int(picture.shape[1] * scale)), max(1, int(picture.shape[0] * scale)))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    cell = np.full((height, width, 3), PAPER, np.uint8)
-    top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
-    cell[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return cell
+def cell_size(rows: int, columns: int, picture: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a contact sheet's cells for pictures of (height, width), so that the sheet stays near 2,400 x 2,000.
+
+    A small picture is enlarged by a whole number, a large one is reduced.
+    """
+    scale = min(160 / picture[0], 2300 / rows / picture[0], 1800 / columns / picture[1])
+    scale = float(int(scale)) if scale >= 1 else scale
+    return max(1, round(picture[0] * scale)), max(1, round(picture[1] * scale))
 
 
-def cell_size(rows: int, columns: int, aspect: float) -> tuple[int, int]:
-    """(height, width) of a contact sheet's cells so that the sheet stays near 2,400 x 2,000 pixels; ``aspect`` is width/height."""
-    height = min(160, 2300 // rows, int(1800 / columns / aspect))
-    return max(24, height), max(24, int(max(24, height) * aspect))
+def fit(picture: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
+    """``picture`` [h, w, 3] at the size of a ``cell`` of :func:`cell_size`: pixels repeated, or averaged by area."""
+    repeats = cell[0] // picture.shape[0]
+    if repeats >= 1:
+        return picture.repeat(repeats, axis=0).repeat(repeats, axis=1)
+    return cv2.resize(picture, cell[::-1], interpolation=cv2.INTER_AREA)
 
 
 def contact_sheet(
@@ -186,9 +184,7 @@ def contact_sheet(
                 y, x = row * (height + gap), column * (width + gap)
                 sheet[y : y + height, x : x + width] = cell
         x = left + number * (block_width_drawn + 30)
-        axes = figure.add_axes(
-            (x / total_width, bottom / total_height, block_width / total_width, block_height / total_height)
-        )
+        axes = figure.add_axes((x / total_width, bottom / total_height, block_width / total_width, block_height / total_height))
         axes.imshow(sheet, interpolation="nearest", aspect="auto")
         axes.set_title(name, fontsize=12)
         axes.set_xticks([c * (width + gap) + width / 2 for c in range(columns)], column_labels, fontsize=9)

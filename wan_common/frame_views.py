@@ -161,7 +161,7 @@ def write_png(picture: np.ndarray, *paths: Path) -> None:
 def write_preview(path: str | os.PathLike[str], predicted_x0: Any, coefficients: Any, step: int, total: int) -> None:
     """Write a small PNG of where the denoising is going: ``predicted_x0`` [1, 16, F, h, w] by the linear preview.
 
-    Up to four frames of the clip with a caption; ``step`` counts the steps done, of ``total``. Cheap enough to run beside
+    Up to four frames of the clip with a caption; ``step`` is 0-based, as in the step latents. Cheap enough to run beside
     the denoising (no matplotlib); hand it to a ``BackgroundWriter`` with a ``snapshot`` of the array.
     """
     x0 = np.asarray(predicted_x0).astype(np.float32)
@@ -174,7 +174,7 @@ def write_preview(path: str | os.PathLike[str], predicted_x0: Any, coefficients:
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
     picture = np.concatenate(rows)
     caption = np.zeros((26, max(picture.shape[1], 300), 3), np.uint8)
-    text = f"step {step}/{total}   frames {' '.join(map(str, frames))}"
+    text = f"step {step + 1}/{total}   frames {' '.join(map(str, frames))}"
     cv2.putText(caption, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
     picture = np.pad(picture, ((0, 0), (0, caption.shape[1] - picture.shape[1]), (0, 0)))
     write_png(np.concatenate([caption, picture]), Path(path))

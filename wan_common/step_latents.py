@@ -57,9 +57,7 @@ class BackgroundWriter:
     def _work(self) -> None:
         while (call := self._queue.get()) is not None:
             try:
-                if (
-                    self._error is None
-                ):  # after a failure the rest is dropped, so that submit() never blocks on a dead disk
+                if self._error is None:  # after a failure the rest is dropped, so that submit() never blocks on a dead disk
                     call()
             except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
                 self._error = error
@@ -119,9 +117,7 @@ def snapshot(array: Any, dtype: str) -> Any:
     if array.is_fully_replicated:
         array = array.addressable_data(0)
     elif not array.is_fully_addressable:
-        raise ValueError(
-            f"an array {array.shape} spread over several hosts cannot be copied by one; replicate it first"
-        )
+        raise ValueError(f"an array {array.shape} spread over several hosts cannot be copied by one; replicate it first")
     copy = jnp.array(array, dtype=target, copy=True)
     copy.copy_to_host_async()
     return copy
@@ -179,16 +175,14 @@ class StepLatentsWriter:
                     path.unlink()
         except OSError as error:
             raise ArtifactError(
-                f"{self.directory}: cannot write step latents here ({error.strerror}); choose another --output_dir, or leave out --save_step_latents"
+                f"{self.directory}: cannot write here ({error.strerror}); choose another --output_dir, or drop --save_step_latents"
             ) from error
 
     def initial_noise(self, latents: Any) -> None:
         """Store x before step 0: ``latents`` [1, C, F, h, w], JAX or numpy."""
         self._worker.submit(self._write, INITIAL_NOISE, {"latents": snapshot(latents, self._dtype)}, {})
 
-    def step(
-        self, step: int, latents: Any, predicted_x0: Any, timestep: float, sigma: float, sigma_next: float
-    ) -> None:
+    def step(self, step: int, latents: Any, predicted_x0: Any, timestep: float, sigma: float, sigma_next: float) -> None:
         """Store step ``step`` (0-based): x after it and the x0 predicted in it, both [1, C, F, h, w], JAX or numpy.
 
         Returns at once: the copies are dispatched behind the step on the device and fetched by the thread, so the arrays
@@ -202,12 +196,8 @@ class StepLatentsWriter:
         arrays = {key: np.asarray(value) for key, value in tensors.items()}
         if not self._warned and not all(np.isfinite(array).all() for array in arrays.values()):
             self._warned = True
-            logger.warning(
-                "%s: not finite from here on in %s (diverged, or beyond its range)", self.directory / name, self._dtype
-            )
-        save_tensors(
-            self.directory / name, arrays, self._metadata | {key: _text(value) for key, value in header.items()}
-        )
+            logger.warning("%s: not finite from here on in %s (diverged, or beyond its range)", self.directory / name, self._dtype)
+        save_tensors(self.directory / name, arrays, self._metadata | {key: _text(value) for key, value in header.items()})
 
     def flush(self) -> None:
         """Wait until every step so far is on disk (before a checkpoint that promises them). Raises the thread's error."""
@@ -303,9 +293,7 @@ class StepLatents:
         names = sorted(int(m[1]) for path in directory.iterdir() if (m := _STEP_FILE.fullmatch(path.name)))
         present = len(names) if partial else count
         if names[-1:] and names[-1] >= count:
-            raise ArtifactError(
-                f"{directory / step_file(names[-1])}: a clip of {count} steps has no such step; {REMEDY}"
-            )
+            raise ArtifactError(f"{directory / step_file(names[-1])}: a clip of {count} steps has no such step; {REMEDY}")
         steps = []
         for index in range(present):
             path = directory / step_file(index)
@@ -322,9 +310,7 @@ class StepLatents:
                 raise header.error(f"tensors are {found}, {noise.name} has {wanted}: not one clip")
             if header.integer("step") != index:
                 raise header.error(f"holds step {header.text('step')}")
-            steps.append(
-                Step(index, header.number("timestep"), header.number("sigma"), header.number("sigma_next"), path)
-            )
+            steps.append(Step(index, header.number("timestep"), header.number("sigma"), header.number("sigma_next"), path))
         if not steps:
             raise ArtifactError(f"{directory}: no step has been written; {REMEDY}")
         return cls(
@@ -349,14 +335,10 @@ class _Header:
     def __init__(self, path: Path, reader: SafetensorsReader, wanted: Iterable[str]):
         self.path, self._metadata = path, reader.metadata
         if missing := sorted(set(wanted) - set(reader.tensors)):
-            raise self.error(
-                f"no tensor {missing[0]!r} (it has {', '.join(sorted(reader.tensors)[:8]) or 'none'}): not step latents"
-            )
+            raise self.error(f"no tensor {missing[0]!r} (it has {', '.join(sorted(reader.tensors)[:8]) or 'none'}): not step latents")
         kinds = {reader.tensors[name][:2] for name in wanted}
         if len(kinds) != 1:
-            raise self.error(
-                f"tensors differ: {', '.join(f'{dtype}{list(shape)}' for dtype, shape in sorted(kinds, key=str))}"
-            )
+            raise self.error(f"tensors differ: {', '.join(f'{dtype}{list(shape)}' for dtype, shape in sorted(kinds, key=str))}")
         ((self.dtype, self.shape),) = kinds
         if self.dtype not in DTYPES.values() or 0 in self.shape:
             raise self.error(f"tensors are {self.dtype}{list(self.shape)}: not step latents")
