@@ -538,7 +538,8 @@ def test_every_looks_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     store_clip(tmp_path, steps=3)
     common = ["--input_dir", str(tmp_path), "--token", "red", "--figsize", "5,3"]
     visualize_attention.main([
-        *common, "--output", str(tmp_path / "a"), "--video-format", "avi", "--fps", "7", "--interpolation-steps", "1", "--include-timestamp",
+        *common, "--output", str(tmp_path / "a"), "--video-format", "avi", "--fps", "7", "--interpolation-steps", "1",
+        "--include-timestamp",
         "--colormap", "viridis", "--normalize", "word", "--percentile", "95", "--over", "real", "--no-colorbar",
     ])  # fmt: skip
     info = probe(tmp_path / "a.avi")
