@@ -51,7 +51,7 @@ class ModelSizes:
     text_ffn: int = 256
     heads: int = 8
     head_dim: int = 24
-    layers: int = 6
+    layers: int = 4
     ffn: int = 512
     freq_dim: int = 256  # sinusoidal time embedding, as published
     vae_base_dim: int = 8  # published: 96
