@@ -20,7 +20,8 @@ WAN = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shif
 SETTINGS = {
     "published": {}, "720p": {"flow_shift": 5.0}, "order 1": {"solver_order": 1}, "order 3": {"solver_order": 3},
     "bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
-    "full order to the end": {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, "no corrector at 0 and 1": {"disable_corrector": [0, 1]},
+    "full order to the end": {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+    "no corrector at 0 and 1": {"disable_corrector": [0, 1]},
 }  # fmt: skip
 
 

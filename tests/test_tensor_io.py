@@ -38,7 +38,8 @@ def test_every_bf16_bit_pattern_survives(tmp_path: Path) -> None:
 
 
 EXAMPLES = {
-    "f64": np.linspace(0, 1, 6).reshape(2, 3), "f32": np.array([[1.5, -0.0], [np.inf, 1e-45]], np.float32), "f16": np.arange(3, dtype=np.float16),
+    "f64": np.linspace(0, 1, 6).reshape(2, 3), "f32": np.array([[1.5, -0.0], [np.inf, 1e-45]], np.float32),
+    "f16": np.arange(3, dtype=np.float16),
     "bf16": np.arange(12, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(3, 4), "i64": np.array([-(2**62)]), "i32": np.int32([[1]]),
     "i16": np.int16([3, -4]), "i8": np.int8([5]), "u8": np.uint8([[255, 0]]), "bool": np.array([True, False, True]),
     "scalar": np.float32(3.25), "empty": np.zeros((0, 4), np.float32), "strided": np.arange(12, dtype=np.float32).reshape(3, 4).T,
