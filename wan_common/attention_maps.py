@@ -34,7 +34,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from wan_common.atomic import atomic_path, write_json
+from wan_common.atomic import atomic_path, remove_temporaries, write_json
 from wan_common.errors import ArtifactError, NumericalError, UsageError
 
 logger = logging.getLogger("attention")
@@ -499,6 +499,8 @@ class AttentionWriter:
         try:
             for group in self.groups:
                 (self.path / group.folder).mkdir(parents=True, exist_ok=True)
+                remove_temporaries(self.path / group.folder)
+            remove_temporaries(self.path)
             write_json(self.path / VIDEO_METADATA, self._description)
         except OSError as error:
             raise ArtifactError(f"{self.path}: cannot write here ({error.strerror}); choose another --output_dir") from error
