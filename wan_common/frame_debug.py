@@ -346,22 +346,22 @@ def compare_clips(
     title = f"video frame {frame}, decoded by {decoder.name}"
     sheet = _Sheet(count, list(clips), "clip", title)
     streams = {name: entries(clip) for name, clip in clips.items()}
+    latest: dict[str, Entry] = {}
     cells: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with VideoWriter(output_dir / CLIPS_VIDEO, options.fps) as video:
         for number in tqdm(range(count), desc="side by side", unit="step"):
-            latest: Entry | None = None
             for name, stream in streams.items():
                 if (entry := next(stream, None)) is None:
                     continue
-                latest = entry
                 x = decoder.frames(entry.x.astype(np.float32), [frame])[frame]
                 x0 = np.full_like(x, BLANK)
                 if entry.x0 is not None:
                     x0 = decoder.frames(entry.x0.astype(np.float32), [frame])[frame]
-                cells[name] = (x, x0)
-            assert latest is not None
+                latest[name], cells[name] = entry, (x, x0)
+            one, same = next(iter(latest.values())), len({entry.title for entry in latest.values()}) == 1
             x_row, x0_row = zip(*cells.values(), strict=True)
-            video.append(figure.draw([*x_row, *x0_row], f"{title}\n{latest.title}", latest.sigma))
-            sheet.add(number, _row_label(latest), x_row, x0_row)
+            when, row = (one.title, _row_label(one)) if same else (f"after step {number}", f"step {number}")
+            video.append(figure.draw([*x_row, *x0_row], f"{title}\n{when}", one.sigma if same else None))
+            sheet.add(number, row, x_row, x0_row)
     write_png(plot_curves(curves, "all clips"), output_dir / CLIPS_PLOT)
     return [output_dir / CLIPS_VIDEO, sheet.write(output_dir / CLIPS_SHEET), output_dir / CLIPS_PLOT]

@@ -34,6 +34,7 @@ REMEDY = "make them with: python stage2_transformer.py --save_step_latents"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 CLIP_KEYS = ("num_inference_steps", "seed", "fingerprint", "frames", "height", "width", "fps")
 _STEP_FILE = re.compile(r"step_(\d{3,})\.safetensors")
+CHANNELS = 16  # of Wan 2.1's VAE
 QUEUE_DEPTH = 2  # steps waiting to be written; a slower disk then slows the steps down instead of filling memory
 
 
@@ -288,7 +289,7 @@ class StepLatents:
         shape, dtype = clip.shape, clip.dtype
         count = clip.integer("num_inference_steps")
         frames, height, width = clip.integer("frames"), clip.integer("height"), clip.integer("width")
-        if len(shape) != 5 or shape[0] != 1 or shape[2:] != ((frames - 1) // 4 + 1, height // 8, width // 8):
+        if len(shape) != 5 or shape[:2] != (1, CHANNELS) or shape[2:] != ((frames - 1) // 4 + 1, height // 8, width // 8):
             raise clip.error(f"latents are {list(shape)}, which is not a clip of {frames} frames {width}x{height}")
         names = sorted(int(m[1]) for path in directory.iterdir() if (m := _STEP_FILE.fullmatch(path.name)))
         present = len(names) if partial else count
