@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ REDO_KEYS = 128
 SHORT_QUERIES = 512
 SHORT_KEYS = 1024
 
+_Array = jax.Array | jax.ShapeDtypeStruct
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))  # [m, d] x [n, d] -> [m, n]
 _CONTRACT_FIRST = (((0,), (0,)), ((), ()))  # [k, d] x [k, n] -> [d, n]
 
@@ -61,18 +63,14 @@ class BlockSizes:
         if self.block_q <= 0 or self.block_q % 128:
             raise ValueError(f"block_q is {self.block_q}, wanted a positive multiple of 128")
         if self.block_kv_compute_inner <= 0 or self.block_kv_compute_inner % 128:
-            raise ValueError(
-                f"block_kv_compute_inner is {self.block_kv_compute_inner}, wanted a positive multiple of 128"
-            )
+            raise ValueError(f"block_kv_compute_inner is {self.block_kv_compute_inner}, wanted a positive multiple of 128")
         if self.block_kv_compute <= 0 or self.block_kv_compute % self.block_kv_compute_inner:
             raise ValueError(
                 f"block_kv_compute is {self.block_kv_compute}, wanted a positive multiple of "
                 f"block_kv_compute_inner {self.block_kv_compute_inner}"
             )
         if self.block_kv <= 0 or self.block_kv % self.block_kv_compute:
-            raise ValueError(
-                f"block_kv is {self.block_kv}, wanted a positive multiple of block_kv_compute {self.block_kv_compute}"
-            )
+            raise ValueError(f"block_kv is {self.block_kv}, wanted a positive multiple of block_kv_compute {self.block_kv_compute}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +121,7 @@ class _Problem:
 
     def weighted(self, v: jax.Array, p: jax.Array) -> jax.Array:
         """[keys, D] x [keys, block_q] -> fp32 [D, block_q]."""
-        return lax.dot_general(
-            v, p.astype(v.dtype), _CONTRACT_FIRST, precision=self.precision, preferred_element_type=jnp.float32
-        )
+        return lax.dot_general(v, p.astype(v.dtype), _CONTRACT_FIRST, precision=self.precision, preferred_element_type=jnp.float32)
 
 
 def _sublane_sums(p: jax.Array) -> jax.Array:
@@ -154,12 +150,14 @@ def _online_tile(
     return m_new, l * shrink + _sublane_sums(p), acc * shrink[0:1] + problem.weighted(v, p)
 
 
-def _finish(o_ref, l: jax.Array, acc: jax.Array) -> None:
+def _finish(o_ref: Any, l: jax.Array, acc: jax.Array) -> None:
     o_ref[...] = (acc / l.sum(axis=0, keepdims=True)).T.astype(o_ref.dtype)
 
 
-def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_ref, l0_ref, acc0_ref, redo_ref, *,
-                 problem: _Problem):  # fmt: skip
+def _full_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, qs_ref: Any, m_ref: Any, l_ref: Any, acc_ref: Any, m0_ref: Any, l0_ref: Any,
+    acc0_ref: Any, redo_ref: Any, *, problem: _Problem,
+) -> None:  # fmt: skip
     """All keys for every query. Grid: (batch x heads, query blocks, key blocks).
 
     m_ref [8, block_q] is the reference of each query in log2 units (a whole number), l_ref [8, block_q] its sum over
@@ -171,7 +169,7 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_r
     b, kv_len, last = problem.blocks, problem.kv_len, problem.kv_steps - 1
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         q = problem.prepare_query(q_ref[...], i * b.block_q)
         qs_ref[...] = q
         first = min(b.block_kv_compute_inner, FIRST_KEYS, kv_len)
@@ -230,7 +228,7 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_r
         pl.when(j == last)(lambda: step(tail))
 
     @pl.when(redo_ref[0] != 0)
-    def _():
+    def _() -> None:
         q = qs_ref[...]
         m_ref[...], l_ref[...], acc_ref[...] = m0_ref[...], l0_ref[...], acc0_ref[...]
         size = min(b.block_kv_compute_inner, REDO_KEYS)
@@ -248,11 +246,11 @@ def _full_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, m0_r
         lax.fori_loop(0, b.block_kv // size, body, None)
 
     @pl.when(j == last)
-    def _():
+    def _() -> None:
         _finish(o_ref, l_ref[...], acc_ref[...])
 
 
-def _short_kernel(q_ref, k_ref, v_ref, o_ref, *, problem: _Problem):
+def _short_kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, *, problem: _Problem) -> None:
     """All keys in one block (cross-attention): the maximum is exact, nothing is carried. Grid: (batch x heads, queries).
 
     Independent chunks of queries keep the MXU busy while another chunk takes its softmax.
@@ -281,14 +279,16 @@ def _short_kernel(q_ref, k_ref, v_ref, o_ref, *, problem: _Problem):
         o_ref[start : start + s.shape[1], :] = out.T.astype(o_ref.dtype)
 
 
-def _window_range(i, problem: _Problem) -> tuple:
+def _window_range(i: Any, problem: _Problem) -> tuple[jax.Array, jax.Array]:
     """First and last key block that query block i can see."""
-    b, w = problem.blocks, problem.window
+    b, w = problem.blocks, problem.window or 0
     first = jnp.maximum(i * b.block_q - w, 0) // b.block_kv
     return first, jnp.minimum((i * b.block_q + b.block_q - 1 + w) // b.block_kv, problem.kv_steps - 1)
 
 
-def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *, problem: _Problem):
+def _window_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, qs_ref: Any, m_ref: Any, l_ref: Any, acc_ref: Any, *, problem: _Problem
+) -> None:
     """Keys with |i - j| <= window. Grid: (batch x heads, query blocks, key blocks a query block can see)."""
     i, step = pl.program_id(1), pl.program_id(2)
     b = problem.blocks
@@ -296,14 +296,14 @@ def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *,
     j = first + step
 
     @pl.when(step == 0)
-    def _():
+    def _() -> None:
         qs_ref[...] = problem.prepare_query(q_ref[...], i * b.block_q)
         m_ref[...] = jnp.full(m_ref.shape, MASKED, jnp.float32)
         l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     @pl.when(j <= last)
-    def _():
+    def _() -> None:
         q = qs_ref[...]
         size = b.block_kv_compute_inner
 
@@ -312,7 +312,7 @@ def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *,
             s = problem.scores(k_ref[pl.ds(start, size), :], q)
             key = j * b.block_kv + start + lax.broadcasted_iota(jnp.int32, s.shape, 0)
             query = i * b.block_q + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            seen = (key < problem.kv_len) & (jnp.abs(key - query) <= problem.window)
+            seen = (key < problem.kv_len) & (jnp.abs(key - query) <= (problem.window or 0))
             v = v_ref[pl.ds(start, size), :]
             row = j * b.block_kv + start + lax.broadcasted_iota(jnp.int32, v.shape, 0)
             v = jnp.where(row < problem.kv_len, v, jnp.zeros_like(v))
@@ -323,53 +323,58 @@ def _window_kernel(q_ref, k_ref, v_ref, o_ref, qs_ref, m_ref, l_ref, acc_ref, *,
         lax.fori_loop(0, b.block_kv // size, body, None)
 
     @pl.when(step == pl.num_programs(2) - 1)
-    def _():
+    def _() -> None:
         _finish(o_ref, l_ref[...], acc_ref[...])
 
 
 def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem, interpret: bool) -> jax.Array:
-    """query [N, >= q_len, D], key and value [N / group, >= kv_len, D] -> [N, rows of query, D]."""
+    """query [N, >= q_len, heads x D], key and value [M, >= kv_len, kv_heads x D] -> the shape of query.
+
+    Either N = M x group and there is one head, or N = M.
+    """
     b, d = problem.blocks, problem.head_dim
-    group = query.shape[0] // key.shape[0]
+    heads, kv_heads = query.shape[2] // d, key.shape[2] // d
+    group = query.shape[0] // key.shape[0] * heads // kv_heads
     q_steps = pl.cdiv(problem.q_len, b.block_q)
     f32 = jnp.float32
     if problem.window is None:
         # A fresh partial each call: jax 0.10 has an open bug with one kernel object under several grids.
         kernel, kv_steps = functools.partial(_full_kernel, problem=problem), problem.kv_steps
 
-        def kv_index(h, i, j=0):
-            return h // group, j, 0
+        def kv_block(i: Any, j: Any) -> Any:
+            return j
     else:
         kernel = functools.partial(_window_kernel, problem=problem)
-        kv_steps = max(
-            int(last) - int(first) + 1 for first, last in (_window_bounds(i, problem) for i in range(q_steps))
-        )
+        kv_steps = max(int(last) - int(first) + 1 for first, last in (_window_bounds(i, problem) for i in range(q_steps)))
 
-        def kv_index(h, i, j):
+        def kv_block(i: Any, j: Any) -> Any:
             first, last = _window_range(i, problem)
-            return h // group, jnp.minimum(first + j, last), 0
+            return jnp.minimum(first + j, last)
+
+    def kv_index(h: Any, i: Any, j: Any = 0) -> tuple:
+        return h // (group * kv_heads), kv_block(i, j), h // group % kv_heads
 
     rows = b.block_q
     state = [pltpu.VMEM((8, rows), f32), pltpu.VMEM((8, rows), f32), pltpu.VMEM((d, rows), f32)]
     scratch = [pltpu.VMEM((rows, d * (2 if problem.folding == "split" else 1)), query.dtype), *state]
     if problem.window is None:
         scratch += [*state, pltpu.SMEM((1,), jnp.int32)]
-    grid = (query.shape[0], q_steps, kv_steps)
+    grid: tuple[int, ...] = (query.shape[0] * heads, q_steps, kv_steps)
     if problem.short:
         kernel, grid, scratch = functools.partial(_short_kernel, problem=problem), grid[:2], []
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[
-            pl.BlockSpec((None, rows, d), lambda h, i, *j: (h, i, 0)),
+            pl.BlockSpec((None, rows, d), lambda h, i, *j: (h // heads, i, h % heads)),
             pl.BlockSpec((None, b.block_kv, d), kv_index),
             pl.BlockSpec((None, b.block_kv, d), kv_index),
         ],
-        out_specs=pl.BlockSpec((None, rows, d), lambda h, i, *j: (h, i, 0)),
+        out_specs=pl.BlockSpec((None, rows, d), lambda h, i, *j: (h // heads, i, h % heads)),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary")[: len(grid)],
+            dimension_semantics=("parallel", "arbitrary") if problem.short else ("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=problem.vmem_limit_bytes,
         ),
         interpret=interpret,
@@ -378,7 +383,7 @@ def _call(query: jax.Array, key: jax.Array, value: jax.Array, problem: _Problem,
 
 
 def _window_bounds(i: int, problem: _Problem) -> tuple[int, int]:
-    b, w = problem.blocks, problem.window
+    b, w = problem.blocks, problem.window or 0
     first = max(i * b.block_q - w, 0) // b.block_kv
     return first, min((i * b.block_q + b.block_q - 1 + w) // b.block_kv, problem.kv_steps - 1)
 
@@ -471,19 +476,65 @@ def splash_attention(
         ValueError: shapes, dtypes or settings that the kernel doesn't support; says what was found and wanted.
     """
     _check(query, key, value, window_size)
-    batch, heads, q_len, head_dim = query.shape
-    kv_len = key.shape[2]
+    if k_smooth:
+        key = (key - key.mean(axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
+    q_len, kv_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    problem = _problem(query.dtype, q_len, kv_len, head_dim, block_sizes, scale, window_size, interpret)
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    return _call(q, k, v, problem, interpret).reshape(query.shape)
+
+
+def splash_attention_merged(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    head_dim: int,
+    kv_length: int | None = None,
+    block_sizes: BlockSizes | None = None,
+    window_size: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """:func:`splash_attention` over [batch, length, heads x head_dim], as projections leave it: nothing is transposed.
+
+    Args:
+        query, key, value: float32 or bfloat16, [batch, length, features]; head h is features h x head_dim and on.
+        head_dim: a multiple of 128 (a head's features are whole lanes).
+        kv_length: how many keys count, from the first; the rows after them may hold anything.
+
+    Returns:
+        [batch, q_length, heads x head_dim] in the query's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that the kernel doesn't support.
+    """
+    if head_dim % 128 or query.shape[2] % head_dim:
+        raise ValueError(f"head_dim is {head_dim} of {query.shape[2]} features, wanted a multiple of 128 that divides them")
+    kv_len = key.shape[1] if kv_length is None else kv_length
+    if not 0 < kv_len <= key.shape[1]:
+        raise ValueError(f"kv_length is {kv_length}, wanted 1 to the {key.shape[1]} keys given")
+    q, k, v = (
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[2] // head_dim, n, head_dim), x.dtype)
+        for x, n in ((query, query.shape[1]), (key, kv_len), (value, kv_len))
+    )
+    _check(q, k, v, window_size)
+    problem = _problem(query.dtype, query.shape[1], kv_len, head_dim, block_sizes, None, window_size, interpret)
+    return _call(query, key, value, problem, interpret)
+
+
+def _problem(
+    dtype: jnp.dtype, q_len: int, kv_len: int, head_dim: int, block_sizes: BlockSizes | None, scale: float | None,
+    window_size: int | None, interpret: bool,
+) -> _Problem:  # fmt: skip
     chip = "v6e" if interpret else _checked_chip(chip_name())
     if block_sizes is None:
         block_sizes = default_block_sizes(chip, q_len, head_dim, kv_len)
-    if query.dtype == jnp.float32:
+    if dtype == jnp.float32:
         folding = "query"
     else:
         # A 256-deep MXU contracts both halves in the pass that 128 would half fill.
         folding = "split" if 2 * head_dim == _CHIPS[chip].mxu_depth else "scores"
-    if k_smooth:
-        key = (key - key.mean(axis=2, keepdims=True, dtype=jnp.float32)).astype(key.dtype)
-    problem = _Problem(
+    return _Problem(
         blocks=fit_block_sizes(block_sizes, q_len, kv_len),
         q_len=q_len,
         kv_len=kv_len,
@@ -493,20 +544,16 @@ def splash_attention(
         window=window_size,
         vmem_limit_bytes=_CHIPS[chip].vmem_limit_bytes,
     )
-    flat = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
-    return _call(*flat, problem, interpret).reshape(query.shape)
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, window_size: int | None) -> None:
+def _check(query: _Array, key: _Array, value: _Array, window_size: int | None) -> None:
     if query.ndim != 4 or key.ndim != 4 or value.shape != key.shape:
         raise ValueError(
             f"query, key, value are {query.shape}, {key.shape}, {value.shape}; wanted [batch, heads, length, head_dim] "
             "with key and value alike"
         )
     if query.dtype not in (jnp.float32, jnp.bfloat16) or key.dtype != query.dtype or value.dtype != query.dtype:
-        raise ValueError(
-            f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; wanted all float32 or all bfloat16"
-        )
+        raise ValueError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; wanted all float32 or all bfloat16")
     batch, heads, q_len, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(f"key is {key.shape}, wanted batch {batch} and head_dim {head_dim} as the query {query.shape}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,14 @@ class Layout:
     def key_spec(self) -> PartitionSpec:
         """PartitionSpec of keys and values."""
         return PartitionSpec(self.batch or None, self.heads or None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """RMSNorm over all features before attention: [features] weight and eps; no weight: already done."""
+
+    weight: jax.Array | None
+    eps: float
 
 
 def self_attention_layout(mesh: Mesh, batch: int, heads: int) -> Layout:
@@ -116,6 +125,80 @@ def xla_attention(
 
     out = jax.lax.map(one, (pieces, jnp.arange(chunks) * size))
     return out.transpose(1, 2, 0, 3, 4).reshape(batch, heads, chunks * size, dim)[:, :, :length]
+
+
+def token_axes(mesh: Mesh, layout: Layout) -> tuple[str, ...]:
+    """Mesh axes over which tokens are split before and after attention, outermost first: all that heads do not take there."""
+    return (*layout.queries, *(("sp",) if "sp" in layout.heads else ()))
+
+
+def merged_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, options: AttentionOptions, mesh: Mesh, layout: Layout, *,
+    head_dim: int, prepare: tuple[Prepare, ...], tables: tuple[jax.Array, jax.Array] | None, kv_length: int | None,
+) -> jax.Array:  # fmt: skip
+    """Splash attention over [B, S, features], as projections leave it: no transpose, and only the collectives written here.
+
+    Left to constraints, the partitioner gathered whole sequences to transpose them (docs/LOG.md: 79M cycles a block on
+    v6e-8 against 50M). With ``sp`` among ``layout.heads`` it is Ulysses: features against tokens, once before and once after.
+
+    Args:
+        query: [B, S, features]; key, value: the same for self-attention (``tables`` given), else whole [B, T, features].
+        prepare: RMSNorm of query and key (:class:`Prepare`).
+        tables: RoPE (rope_kernel.rope_tables) [S, head_dim], or None for cross-attention.
+        kv_length: keys that count, from the first (None: all).
+
+    Returns:
+        [B, S, features], tokens split as those of ``query``.
+    """
+    from custom_splash_attention import BlockSizes, splash_attention_merged
+    from wan_common.rope_kernel import norm_rope
+
+    sequence, ulysses = token_axes(mesh, layout), "sp" in layout.heads and tables is not None
+    features = "tp" if "tp" in layout.heads else None
+    tokens = PartitionSpec(layout.batch or None, sequence or None, features)
+    keys = tokens if tables is not None else PartitionSpec(layout.batch or None, None, features)
+    groups = mesh.shape["sp"] if ulysses else 1
+    blocks = None
+    if options.block_q is not None and tables is not None:
+        assert options.block_kv is not None and options.block_kv_compute is not None
+        blocks = BlockSizes(options.block_q, options.block_kv, options.block_kv_compute, options.block_kv_compute)
+
+    def exchange(x: jax.Array) -> jax.Array:
+        """[B, groups, S / sp, features / groups] -> [B, S, features / groups]."""
+        if groups > 1:
+            x = jax.lax.all_to_all(x, "sp", 1, 1, tiled=True)
+        return x.reshape(x.shape[0], -1, x.shape[3])
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, norms: list[jax.Array | None], tables: Any) -> jax.Array:
+        q, k = (
+            norm_rope(x, head_dim=head_dim, weight=w, eps=None if w is None else p.eps, tables=tables, groups=groups,
+                      interpret=options.interpret)
+            for x, w, p in zip((q, k), norms, prepare, strict=True)
+        )  # fmt: skip
+        batch, length, width = v.shape
+        v = v.reshape(batch, length, groups, width // groups).swapaxes(1, 2)
+        q, k, v = exchange(q), exchange(k), exchange(v)
+        if tables is not None and layout.queries:
+            k, v = (jax.lax.all_gather(x, layout.queries, axis=1, tiled=True) for x in (k, v))
+        if options.k_smooth and tables is not None:
+            k = k - k[:, :kv_length].mean(axis=1, keepdims=True, dtype=jnp.float32).astype(k.dtype)
+        out = splash_attention_merged(
+            q, k, v, head_dim=head_dim, kv_length=kv_length, block_sizes=blocks, interpret=options.interpret,
+            window_size=options.window_size if tables is not None else None,
+        )  # fmt: skip
+        if groups > 1:
+            out = out.reshape(batch, groups, -1, out.shape[2])
+            out = jax.lax.all_to_all(out, "sp", 1, 1, tiled=True).swapaxes(1, 2).reshape(batch, -1, width)
+        return out
+
+    if options.window_size is not None and layout.queries and tables is not None:
+        raise ValueError("window_size needs whole sequences on a device: choose a mesh whose tp * sp divides the heads")
+    norms = [p.weight for p in prepare]
+    table = PartitionSpec(sequence or None, None)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(tokens, keys, keys, [PartitionSpec()] * 2, None if tables is None else (table, table)),
+        out_specs=tokens, check_vma=False,
+    )(query, key, value, norms, tables)  # fmt: skip
 
 
 def attention(

@@ -120,3 +120,19 @@ def input_sharding(mesh: Mesh, *entries: tuple[str, ...] | str | None) -> jax.sh
     from jax.sharding import NamedSharding, PartitionSpec
 
     return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+# MiB of vector memory that one fusion may use, by device kind; the compiler's own default is 16. A matmul of 18,900 x 5,120
+# by 5,120 x 13,824 takes 6.3M cycles with 64 where it takes 8.0M with 16 (v6e; 5.1M at peak).
+SCOPED_VMEM_MIB = {"TPU v5 lite": 64, "TPU v5": 32, "TPU v6 lite": 64, "TPU7x": 32}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Options for ``jax.jit(compiler_options=...)`` on the chips of ``mesh``; None where there is nothing to ask for."""
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    options = {"xla_tpu_enable_async_all_to_all": "true"}
+    if device.device_kind in SCOPED_VMEM_MIB:
+        options["xla_tpu_scoped_vmem_limit_kib"] = str(1024 * SCOPED_VMEM_MIB[device.device_kind])
+    return options
