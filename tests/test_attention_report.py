@@ -124,7 +124,8 @@ def browser() -> Iterator[WebDriver]:
     with tempfile.TemporaryDirectory() as profile:
         for flag in (
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,1400", f"--user-data-dir={profile}",
+            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,1400",
+            f"--user-data-dir={profile}",
         ):  # fmt: skip
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
