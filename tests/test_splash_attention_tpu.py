@@ -98,9 +98,7 @@ def test_default_blocks_compile_for_cross_attention(chip: str, empty_cache: Path
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5e:2x4"])
 def test_every_supported_setting_compiles_under_shard_map(topology: str) -> None:
     script = COMPILE_VARIANTS.replace("{topology}", topology)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=tpu_env(), capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=tpu_env(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled") == 10
 

@@ -23,7 +23,7 @@ logger = logging.getLogger("block_search")
 Blocks = tuple[int, int, int, int]
 # Queries x keys of a step: below, the pipeline around it weighs more than 5%; above, one compilation takes minutes.
 LEAST_STEP, MOST_STEP = 2**20, 2**23
-CANDIDATE_SECONDS = 150
+CANDIDATE_SECONDS = 900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +101,7 @@ def table(found: list[Candidate]) -> str:
             lines.append(f"| {sizes} | rejected: {c.rejected} | | | |")
             continue
         r = c.cycles
-        lines.append(
-            f"| {sizes} | {r.step:,} | {r.roofline:.3f} | {r.roofline_with_overhead:.3f} | {r.grid_cycles / 1e6:.2f} |"
-        )
+        lines.append(f"| {sizes} | {r.step:,} | {r.roofline:.3f} | {r.roofline_with_overhead:.3f} | {r.grid_cycles / 1e6:.2f} |")
     return "\n".join(lines)
 
 
@@ -118,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--blocks", action="append", help="BQ,BKV,COMPUTE,INNER; repeat; default: the built-in search")
     args = parser.parse_args(argv)
     shape = KernelShape(args.heads, args.q_len, args.kv_len or args.q_len, args.head_dim)
-    candidates = [tuple(int(x) for x in text.split(",")) for text in args.blocks] if args.blocks else None
+    candidates: list[Blocks] | None = None
+    if args.blocks:
+        candidates = [(q, kv, c, i) for q, kv, c, i in ([int(x) for x in text.split(",")] for text in args.blocks)]
     found = search_blocks(args.topology, shape, candidates)
     print(table(found))
     best = found[0]

@@ -210,14 +210,28 @@ def _digest(request: dict) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
+# Names in the kernel's module that choose or check what a request already says.
+NOT_KERNEL = {"_TABLE", "_check", "_checked_chip", "chip_name", "default_block_sizes", "splash_attention", "splash_attention_merged"}
+
+
 def _kernel_code() -> str:
-    """The kernel's source without comments, docstrings and the default table (the request names its blocks)."""
+    """The kernel's source without comments, docstrings, annotations and :data:`NOT_KERNEL`: what its bundles depend on."""
     tree = ast.parse((ROOT / "custom_splash_attention.py").read_text())
+    tree.body = [node for node in tree.body if not _names(node) & NOT_KERNEL]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_TABLE")]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
     return ast.dump(tree)
+
+
+def _names(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef):
+        return {node.name}
+    return {ast.unparse(target) for target in node.targets} if isinstance(node, ast.Assign) else set()
 
 
 def _assemble(chip: str, shape: KernelShape, blocks: tuple[int, int, int, int], parts: dict) -> KernelCycles:
@@ -244,7 +258,9 @@ def _assemble(chip: str, shape: KernelShape, blocks: tuple[int, int, int, int], 
 def _compile_apart(request: dict, timeout: float) -> dict:
     """Compile in a process whose libtpu dumps bundles; returns the parts, or {"error": ...} if it was refused."""
     with tempfile.TemporaryDirectory(prefix="wan_bundles_") as dump:
-        args = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        # Without the filter every pass is written: up to 1 GB, and half of the time.
+        args = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        args += "--xla_jf_dump_llo_pass_label_regex=.*final_.*"
         env = dict(
             os.environ, LIBTPU_INIT_ARGS=args.strip(), JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
             TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v6e-8",
@@ -325,9 +341,7 @@ def read_bundles(bundles: str, usage: str, names: list[str]) -> dict:
     rows = [[int(x) for x in row.split()] for row in usage.splitlines() if re.fullmatch(r"\s*\d+(\s+\d+){9}\s*", row)]
     slots, rows = rows[0], rows[1:]  # the first row is how many of each unit there are
     low, high = parts["step"]
-    busy = {
-        unit: round(sum(row[n] for row in rows[low:high]) / slots[n] / (high - low), 3) for n, unit in enumerate(UNITS)
-    }
+    busy = {unit: round(sum(row[n] for row in rows[low:high]) / slots[n] / (high - low), 3) for n, unit in enumerate(UNITS)}
     return {**sizes, "overhead": overhead, "units": busy}
 
 
@@ -349,9 +363,7 @@ def _worker(request: dict) -> None:
 
     q, k = struct(request["q_len"]), struct(request["kv_len"])
     with jax.set_mesh(mesh):
-        jax.jit(lambda q, k, v: splash_attention(q, k, v, block_sizes=BlockSizes(*request["blocks"]))).lower(
-            q, k, k
-        ).compile()
+        jax.jit(lambda q, k, v: splash_attention(q, k, v, block_sizes=BlockSizes(*request["blocks"]))).lower(q, k, k).compile()
 
 
 def main(argv: list[str] | None = None) -> None:
