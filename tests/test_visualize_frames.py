@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib import colormaps
-from wan_common.latent_rgb import latents_to_rgb, load_latent_rgb
 
 import visualize_frames
 from wan_common import frame_debug, frame_views
 from wan_common.errors import ArtifactError, run_command
 from wan_common.frame_figures import SIGMA_BAR, PanelFigure, value_bar
+from wan_common.latent_rgb import latents_to_rgb, load_latent_rgb
 from wan_common.scheduler import advance, initial_state, load_scheduler, step_table
 from wan_common.step_latents import (
     DTYPES,
@@ -580,12 +580,13 @@ def test_the_live_preview_shows_x0(tmp_path: Path) -> None:
     frame_views.write_preview(tmp_path / "preview.png", x0, coefficients, 3, 20)
     picture = read_png(tmp_path / "preview.png")
     expected = latents_to_rgb(target()[0], coefficients)
-    small = picture[26:, : 2 * 8 * WIDTH // 8][4::8, 4::8]
     height, width = SHAPE[3:]
-    assert small.shape == (2 * height, 2 * width, 3)
-    for cell, p in enumerate((0, 1, 2, 2)):  # video frames 0, 3, 5, 8
-        y, x = (cell // 2) * height, (cell % 2) * width
-        np.testing.assert_array_equal(small[y : y + height, x : x + width], expected[p])
+    scale = frame_views.PREVIEW_WIDTH // (2 * width)
+    assert picture.shape == (26 + 2 * (scale * height + 4), 2 * (scale * width + 4), 3)
+    for number, p in enumerate((0, 1, 2, 2)):  # video frames 0, 3, 5, 8
+        y, x = 26 + number // 2 * (scale * height + 4), number % 2 * (scale * width + 4)
+        cell = picture[y : y + scale * height, x : x + scale * width]
+        np.testing.assert_array_equal(cell, expected[p].repeat(scale, axis=0).repeat(scale, axis=1))
     assert (picture[:26] > 128).any()  # the caption
 
 

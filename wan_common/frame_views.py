@@ -24,6 +24,7 @@ from wan_common.step_latents import INITIAL_NOISE, Step, StepLatents
 
 logger = logging.getLogger("frame_views")
 
+PREVIEW_WIDTH = 960  # pixels, about
 BAD = (255, 0, 255)  # NaN and infinity are drawn in magenta, which no colour map here and no clip of ours has
 
 Pictures = dict[int, np.ndarray]
@@ -167,16 +168,14 @@ def write_preview(path: str | os.PathLike[str], predicted_x0: Any, coefficients:
     x0 = np.asarray(predicted_x0).astype(np.float32)
     frames = evenly(range(4 * x0.shape[2] - 3), 4)
     pictures = rgb_decoder(coefficients).frames(x0, frames)
-    scale = max(1, min(8, 480 // x0.shape[4]))
-    cells = [pictures[i].repeat(scale, axis=0).repeat(scale, axis=1) for i in frames]
-    columns = min(2, len(cells))
-    cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
+    columns = min(2, len(frames))
+    scale = max(1, PREVIEW_WIDTH // (columns * x0.shape[4]))
+    cells = [np.pad(pictures[i].repeat(scale, axis=0).repeat(scale, axis=1), ((0, 4), (0, 4), (0, 0))) for i in frames]
     rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
     picture = np.concatenate(rows)
-    caption = np.zeros((26, max(picture.shape[1], 300), 3), np.uint8)
+    caption = np.zeros((26, picture.shape[1], 3), np.uint8)
     text = f"step {step + 1}/{total}   frames {' '.join(map(str, frames))}"
     cv2.putText(caption, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
-    picture = np.pad(picture, ((0, 0), (0, caption.shape[1] - picture.shape[1]), (0, 0)))
     write_png(np.concatenate([caption, picture]), Path(path))
 
 
