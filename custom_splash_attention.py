@@ -419,17 +419,41 @@ _CHIPS = {
     "tpu7x": _Chip(256, 56 * 2**20),
 }
 
+# Long rows of keys, best of the search by static cycles of the whole grid at 75,600 tokens (docs/KERNEL.md has the losers).
 _TABLE = {
     "v4": BlockSizes(1024, 1024, 512, 512),
-    "v5e": BlockSizes(2048, 2048, 512, 512),
-    "v5p": BlockSizes(2048, 2048, 512, 512),
+    "v5e": BlockSizes(1024, 2048, 512, 512),
+    "v5p": BlockSizes(1024, 2048, 512, 512),
     "v6e": BlockSizes(2048, 4096, 1024, 1024),
     "tpu7x": BlockSizes(2048, 2048, 512, 512),
 }
+# Rows of keys that fit one block; v4 has 16 MiB of vector memory.
+_SHORT_TABLE = {chip: BlockSizes(1024 if chip == "v4" else 4096, SHORT_KEYS, SHORT_KEYS, SHORT_KEYS) for chip in _CHIPS}
+# Not searched: float32 is for checking, its matmuls take six passes and its blocks twice the memory.
+_FLOAT32 = BlockSizes(512, 1024, 256, 256)
 
 
-def default_block_sizes(chip: str, length: int, head_dim: int = 128, kv_length: int | None = None) -> BlockSizes:
-    return fit_block_sizes(_TABLE[_checked_chip(chip)], length, length if kv_length is None else kv_length)
+def default_block_sizes(chip: str, length: int, head_dim: int = 128, kv_length: int | None = None, dtype: Any = jnp.bfloat16) -> BlockSizes:
+    """Block sizes of the table for a chip and lengths.
+
+    Args:
+        chip: v4, v5e, v5p, v6e or tpu7x.
+        length: queries on a device.
+        head_dim: 64, 128 or 256; the table was searched for 128.
+        kv_length: keys; None is as many as queries.
+        dtype: of query, key and value.
+
+    Raises:
+        ValueError: unknown chip.
+    """
+    kv_length = length if kv_length is None else kv_length
+    blocks = (_SHORT_TABLE if kv_length <= SHORT_KEYS else _TABLE)[_checked_chip(chip)]
+    if jnp.dtype(dtype) == jnp.float32:
+        blocks = _FLOAT32
+    # As few query blocks as the table's, but even ones: a last block of a few queries costs as much as a full one.
+    rows = pl.cdiv(length, pl.cdiv(length, blocks.block_q))
+    blocks = dataclasses.replace(blocks, block_q=min(blocks.block_q, _round_up(rows, 256)))
+    return fit_block_sizes(blocks, length, kv_length)
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -528,7 +552,7 @@ def _problem(
 ) -> _Problem:  # fmt: skip
     chip = "v6e" if interpret else _checked_chip(chip_name())
     if block_sizes is None:
-        block_sizes = default_block_sizes(chip, q_len, head_dim, kv_len)
+        block_sizes = default_block_sizes(chip, q_len, head_dim, kv_len, dtype)
     if dtype == jnp.float32:
         folding = "query"
     else:

@@ -180,7 +180,7 @@ def splash_cycles(
 
     chip = chip_of(topology)
     if blocks is None:
-        sizes = default_block_sizes(chip, shape.q_len, shape.head_dim, shape.kv_len)
+        sizes = default_block_sizes(chip, shape.q_len, shape.head_dim, shape.kv_len, shape.dtype)
     else:
         sizes = fit_block_sizes(BlockSizes(*blocks), shape.q_len, shape.kv_len)
     blocks = dataclasses.astuple(sizes)
@@ -211,7 +211,17 @@ def _digest(request: dict) -> str:
 
 
 # Names in the kernel's module that choose or check what a request already says.
-NOT_KERNEL = {"_TABLE", "_check", "_checked_chip", "chip_name", "default_block_sizes", "splash_attention", "splash_attention_merged"}
+NOT_KERNEL = {
+    "_TABLE",
+    "_SHORT_TABLE",
+    "_FLOAT32",
+    "_check",
+    "_checked_chip",
+    "chip_name",
+    "default_block_sizes",
+    "splash_attention",
+    "splash_attention_merged",
+}
 
 
 def _kernel_code() -> str:
