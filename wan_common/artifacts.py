@@ -116,7 +116,7 @@ class RunDir:
         path = self / CONFIG_NAME
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path}: not readable ({error}); delete it and rerun stage1_text_encoder.py") from error
@@ -172,7 +172,7 @@ class RunDir:
         provenance[stage] = {
             **job.as_record(),
             "outputs": {
-                self._name(path): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in outputs
+                self.name_of(path): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in outputs
             },
             "versions": {name: _version(name) for name in _PACKAGES},
             "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -195,7 +195,7 @@ class RunDir:
         merged = {**ours, **{k: v for k, v in theirs.items() if k != "provenance"}, "provenance": mine}
         write_json(self / CONFIG_NAME, merged)
 
-    def _name(self, path: Path) -> str:
+    def name_of(self, path: Path) -> str:
         """``path`` relative to the folder when it is inside, else absolute."""
         try:
             return str(path.resolve().relative_to(self.path.resolve()))

@@ -333,6 +333,8 @@ def plan_denoise(options: Options) -> DenoisePlan:
     check_fits(embeddings, source, model, text_dim, run.force)
     if video.height <= 480 and "flow_shift" not in options.given and "flow_shift" not in defaults:
         logger.info("--flow_shift %s is the default for 720p; for %dp Wan recommends --flow_shift 3.0", video.flow_shift, video.height)
+    if video.guidance_scale <= 1 and embeddings.negative_prompt:
+        logger.warning("--guidance_scale %s means no guidance: the negative prompt has no effect", video.guidance_scale)
     settings = {
         "height": video.height, "width": video.width, "frames": video.frames, "num_inference_steps": video.num_inference_steps,
         "guidance_scale": video.guidance_scale, "seed": _one_or_all(list(video.seed)), "flow_shift": video.flow_shift, "dtype": run.dtype,
@@ -477,7 +479,8 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     suffixes = [name.removeprefix("stage2_latents").removesuffix(".safetensors") for name in names]
     default = {suffix: Path(decode.output_video) if decode.output_video else output / video_name(suffix) for suffix in suffixes}
     videos = [(video_of or default)[suffix] for suffix in suffixes]
-    settings = {"fps": fps, "dtype": run.dtype, "save_frames": decode.save_frames, "output_video": [str(video) for video in videos]}
+    names_of_videos = [output.name_of(video) for video in videos]  # relative: a moved folder stays current
+    settings = {"fps": fps, "dtype": run.dtype, "save_frames": decode.save_frames, "output_video": names_of_videos}
     job = Job(settings, {name: latents.sha256 for name, latents in loaded}, model.identity("vae"))
     return DecodePlan(
         STAGE3, run, model, output, job, MeshOptions(), input=source, latents=loaded, videos=videos, fps=fps, decode=decode, bench=bench
