@@ -14,16 +14,20 @@ No model is loaded. Flags may be spelled with ``-`` or ``_``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from pathlib import Path
 
-from wan_common.attention_maps import SPECIAL_GROUPS, AttentionAnalyzer, VisualizationParams
+import yaml
+
+from wan_common.attention_maps import SPECIAL_GROUPS, AttentionAnalyzer, AttentionSettings, VisualizationParams
 from wan_common.attention_visualizer import NORMALIZE, OVER, AttentionVisualizer, visualize_run
 from wan_common.errors import UsageError, run_command
 
 logger = logging.getLogger("attention")
 DEFAULTS = VisualizationParams()
+LOOKS = ("figsize", "colormap", "overlay_alpha", "static_duration", "fps", "interpolation_steps")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(*names, **options)  # type: ignore[arg-type]
 
     where = result.add_argument_group("where")
+    text = "YAML file whose attention_analysis.visualization_params are the looks; flags win"
+    where.add_argument("--config", type=Path, help=text)
     where.add_argument(
         "--input_dir", "--input-dir", type=Path, default=Path("stage_outputs"), help="run directory [default: stage_outputs]"
     )
@@ -52,39 +58,21 @@ def parser() -> argparse.ArgumentParser:
 
     looks = result.add_argument_group("looks")
     add(looks, "original-video", type=Path, help="original video for the overlay [default for everything: INPUT_DIR/output_video*.mp4]")
-    add(
-        looks,
-        "overlay-alpha",
-        type=float,
-        default=DEFAULTS.overlay_alpha,
-        help="transparency for the overlay, 0.0 to 1.0 [default: %(default)s]",
-    )
+    add(looks, "overlay-alpha", type=float, help=f"transparency for the overlay, 0.0 to 1.0 [default: {DEFAULTS.overlay_alpha}]")
     add(looks, "stretch-time", action="store_true", help="accept an original video with another number of frames, stretched")
-    add(looks, "colormap", default=DEFAULTS.colormap, help="matplotlib colormap [default: %(default)s]")
+    add(looks, "colormap", help=f"matplotlib colormap [default: {DEFAULTS.colormap}]")
     add(looks, "fps", type=int, help=f"output video FPS [default: {DEFAULTS.fps}; an overlay keeps its original's]")
-    add(looks, "figsize", type=_figsize, default=DEFAULTS.figsize, help='figure size as "width,height" in inches [default: 12,8]')
+    add(looks, "figsize", type=_figsize, help='figure size as "width,height" in inches [default: 12,8]')
     add(looks, "interpolation-steps", type=int, help=f"smoothing between steps [default: {DEFAULTS.interpolation_steps}]")
     add(looks, "include-timestamp", action="store_true", help="add a timestamp to the frames")
     add(looks, "video-format", choices=("mp4", "avi"), help="output format [default: mp4, or what --output ends in]")
-    add(
-        looks, "static-duration", type=float, default=DEFAULTS.static_duration, help="seconds of an aggregated video [default: %(default)s]"
-    )
+    add(looks, "static-duration", type=float, help=f"seconds of an aggregated video [default: {DEFAULTS.static_duration}]")
     add(looks, "no-colorbar", action="store_true", help="leave the attention scale out")
-    add(
-        looks,
-        "normalize",
-        choices=NORMALIZE,
-        default="global",
-        help="range of the colours: of all words, the word, the picture, or 0 to 1 [default: %(default)s]",
-    )
+    text = "range of the colours: of all words, the word, the picture, or 0 to 1 [default: %(default)s]"
+    add(looks, "normalize", choices=NORMALIZE, default="global", help=text)
     add(looks, "percentile", type=float, default=99.0, help="upper percentile of that range [default: %(default)s]")
-    add(
-        looks,
-        "over",
-        choices=OVER,
-        default="all",
-        help="weights over all tokens, or over real words: weight / (1 - pad - eos) [default: %(default)s]",
-    )
+    text = "weights over all tokens, or over real words: weight / (1 - pad - eos) [default: %(default)s]"
+    add(looks, "over", choices=OVER, default="all", help=text)
     add(looks, "block", type=int, help="one transformer block (stored with store_per_block) [default: their mean]")
     add(looks, "head", type=int, help="one attention head (stored with store_per_head) [default: their mean]")
 
@@ -105,11 +93,12 @@ def _figsize(text: str) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> None:
     """List, draw one video, or draw everything."""
     args = parser().parse_args(argv)
+    base = read_params(args.config)
     analyzer = AttentionAnalyzer(args.attention_dir or args.input_dir / "attention_maps")
     if args.list:
         list_stored(analyzer)
     elif args.token is not None:
-        print(one_video(args, analyzer))
+        print(one_video(args, analyzer, base))
     else:
         for flag in ("output", "step"):
             if getattr(args, flag) is not None:
@@ -118,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError("--use-aggregated needs --token; without it all three kinds of video are made")
         written = visualize_run(
             args.input_dir, args.output_dir or Path("attention_outputs"), attention_dir=args.attention_dir,
-            video_ids=[args.video_id] if args.video_id else None, params=_params(args, args.video_format or "mp4"),
+            video_ids=[args.video_id] if args.video_id else None, params=_params(args, base, args.video_format or base.video_format),
             normalize=args.normalize, percentile=args.percentile, over=args.over,
             original_video=args.original_video, stretch_time=args.stretch_time,
             videos=not args.report, figures=not args.report, include_timestamp=args.include_timestamp, block=args.block, head=args.head,
@@ -127,12 +116,26 @@ def main(argv: list[str] | None = None) -> None:
             print(path)
 
 
-def _params(args: argparse.Namespace, video_format: str) -> VisualizationParams:
-    return VisualizationParams(
-        figsize=args.figsize, colormap=args.colormap, overlay_alpha=args.overlay_alpha, static_duration=args.static_duration,
-        fps=DEFAULTS.fps if args.fps is None else args.fps, include_colorbar=not args.no_colorbar, video_format=video_format,
-        interpolation_steps=DEFAULTS.interpolation_steps if args.interpolation_steps is None else args.interpolation_steps,
-    )  # fmt: skip
+def read_params(path: Path | None) -> VisualizationParams:
+    """``attention_analysis.visualization_params`` of a YAML file.
+
+    Raises:
+        UsageError: not readable, not YAML, or an unknown key or wrong type inside ``attention_analysis``.
+    """
+    if path is None:
+        return DEFAULTS
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: not readable as YAML ({error})") from error
+    if not isinstance(mapping, dict):
+        raise UsageError(f"--config {path}: found {type(mapping).__name__}, wanted a mapping with attention_analysis:")
+    return AttentionSettings.from_mapping(mapping.get("attention_analysis") or {}).visualization_params
+
+
+def _params(args: argparse.Namespace, base: VisualizationParams, video_format: str) -> VisualizationParams:
+    given = {name: getattr(args, name) for name in LOOKS if getattr(args, name) is not None}
+    return dataclasses.replace(base, **given, video_format=video_format, include_colorbar=base.include_colorbar and not args.no_colorbar)
 
 
 def list_stored(analyzer: AttentionAnalyzer) -> None:
@@ -147,7 +150,7 @@ def list_stored(analyzer: AttentionAnalyzer) -> None:
             print(f"  {token}{' (special)' if token in SPECIAL_GROUPS else ''}: {span}{kept}")
 
 
-def one_video(args: argparse.Namespace, analyzer: AttentionAnalyzer) -> Path:
+def one_video(args: argparse.Namespace, analyzer: AttentionAnalyzer, base: VisualizationParams) -> Path:
     """The video of ``--token``."""
     videos = analyzer.get_available_videos()
     if args.video_id is None and len(videos) != 1:
@@ -157,8 +160,8 @@ def one_video(args: argparse.Namespace, analyzer: AttentionAnalyzer) -> Path:
         raise UsageError("--report and --token exclude each other; the report has all words")
     if args.interpolation_steps is not None and (args.use_aggregated or args.step is not None or args.original_video is not None):
         logger.warning("--interpolation-steps has no effect: only the video over the denoising steps is interpolated")
-    video_format = args.video_format or (args.output.suffix.lstrip(".") if args.output and args.output.suffix else "mp4")
-    params = _params(args, video_format)
+    video_format = args.video_format or (args.output.suffix.lstrip(".") if args.output and args.output.suffix else base.video_format)
+    params = _params(args, base, video_format)
     kind = "overlay" if args.original_video else "aggregated" if args.use_aggregated else "attention"
     name = f"{video_id}_{analyzer.get_token_folder(video_id, args.token)}_{kind}.{video_format}"
     output = args.output or (args.output_dir or Path("attention_outputs")) / "attention_videos" / name

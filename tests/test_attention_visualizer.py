@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import tracemalloc
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from attention_clips import EOS, OTHER, PAD, VIDEO_ID, store_clip
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,7 +18,7 @@ from PIL import Image
 import visualize_attention
 from wan_common import attention_canvas
 from wan_common.attention_canvas import Canvas, blend, colour_table, printable
-from wan_common.attention_maps import AttentionAnalyzer, VisualizationParams, latent_frame_of
+from wan_common.attention_maps import AttentionAnalyzer, AttentionSettings, VisualizationParams, latent_frame_of
 from wan_common.attention_visualizer import AttentionVisualizer, _Histogram, robust_range, visualize_run
 from wan_common.errors import ArtifactError, NumericalError, UsageError, run_command
 from wan_common.video import probe, read_video, write_video
@@ -551,6 +553,28 @@ def test_every_looks_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "--interpolation-steps has no effect" in caplog.text
 
 
+def test_config_file_and_flags_over_it(tmp_path: Path) -> None:
+    store_clip(tmp_path, steps=3, video=False)
+    config = tmp_path / "looks.yaml"
+    looks = {"figsize": [4, 3], "fps": 5, "interpolation_steps": 0, "video_format": "avi"}
+    config.write_text(yaml.safe_dump({"seed": 3, "attention_analysis": {"visualization_params": looks}}))
+    common = ["--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "o"), "--token", "red", "--config", str(config)]
+    visualize_attention.main(common)
+    info = probe(tmp_path / "o" / "attention_videos" / f"{VIDEO_ID}_red_attention.avi")
+    assert (info["frames"], info["fps"], info["size"]) == (3, 5, (400, 300))
+    visualize_attention.main([*common, "--output", str(tmp_path / "x.mp4"), "--fps", "8", "--interpolation-steps", "1"])
+    info = probe(tmp_path / "x.mp4")
+    assert (info["frames"], info["fps"], info["size"]) == (5, 8, (400, 300))
+
+
+def test_the_demo_config_has_every_key_and_the_guides_values() -> None:
+    block = yaml.safe_load(Path("configs/attention_visualization_demo.yaml").read_text())["attention_analysis"]
+    settings = AttentionSettings.from_mapping(block)
+    assert set(block) == {field.name for field in dataclasses.fields(AttentionSettings)}
+    assert set(block["visualization_params"]) == {field.name for field in dataclasses.fields(VisualizationParams)}
+    assert settings.store_attention and settings.visualization_params == VisualizationParams()
+
+
 def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store_clip(tmp_path, steps=3, video=False)
     visualize_attention.main(["--input_dir", str(tmp_path), "--list"])
@@ -580,6 +604,7 @@ def test_report_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--token", "red", "--head", "1"], 2, "store_per_head: true"),
         (["--token", "red", "--step", "9"], 3, "step_009.npz: missing (steps 0 to 1 are there)"),
         (["--token", "red", "--original-video", "none.mp4"], 3, "none.mp4: no such video"),
+        (["--config", "none.yaml"], 2, "--config none.yaml: not readable as YAML"),
         (["--attention-dir", "nowhere"], 3, "stage2_transformer.py with --store_attention"),
     ],
 )
