@@ -4,7 +4,8 @@
 
 - figures: one 10x10 picture by matplotlib alone (the ceiling's opposite), and by PanelFigure, and its PNG;
 - writer: how long StepLatentsWriter.step holds up the denoising at 720p, beside writing the same file in place;
-- draw: visualize_frames.py on clips of --steps steps at three sizes, one process each: seconds and peak memory (goal: 30 s);
+- draw: visualize_frames.py on clips of --steps steps at three sizes, a process each: seconds (goal: 30 on 2 idle cores),
+  seconds of CPU with ffmpeg's, peak memory;
 - memory: the peak with five times the steps;
 - overhead: stage 2 on the demo model with and without --save_step_latents, in turn: seconds a step (goal: a ratio of 1.05).
 The clips are noise that turns into a pattern along the schedule, written by StepLatentsWriter: what is drawn does not matter here.
@@ -127,12 +128,14 @@ def draw_here(folder: str, steps: int, size: str) -> None:
     import visualize_frames
 
     make_clip(Path(folder) / "step_latents", steps, *SIZES[size])
+    before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     begun = time.perf_counter()
     sys.stdout = sys.stderr
     visualize_frames.main(["--input_dir", folder, "--output_dir", f"{folder}/views", "--model_id", "demo_model"])
     seconds = round(time.perf_counter() - begun, 2)
     peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    print(json.dumps({"seconds": seconds, "peak_mib": peak}), file=sys.__stdout__)
+    spent = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) - before
+    print(json.dumps({"seconds": seconds, "cpu_seconds": round(spent, 2), "peak_mib": peak}), file=sys.__stdout__)
 
 
 def bench_draw(steps: int, size: str) -> dict[str, float]:

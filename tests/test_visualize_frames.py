@@ -374,6 +374,24 @@ def test_statistics_count_what_is_not_finite() -> None:
     assert frame_views.tensor_stats(np.array([3, 5], np.uint8))["mean"] == 4.0
 
 
+def test_curves_equal_numpy(run: Path, drawn: Path) -> None:
+    clip = StepLatents.open(run / "step_latents")
+    curves, limit = frame_views.measure(clip, 3)
+    x = np.stack([clip.initial_noise(), *(clip.read(step)[0] for step in clip.steps)]).astype(np.float64)
+    x0 = np.stack([clip.read(step)[1] for step in clip.steps]).astype(np.float64)
+    axes = (1, 2, 3, 4, 5)
+    for name, values, start in (("", x, 0), ("x0_", x0, 1)):
+        np.testing.assert_allclose(getattr(curves, f"{name}mean")[start:], values.mean(axis=axes), atol=1e-6)
+        np.testing.assert_allclose(getattr(curves, f"{name}std")[start:], values.std(axis=axes), rtol=1e-5)
+        change = np.sqrt((np.diff(values, axis=0) ** 2).mean(axis=axes))
+        np.testing.assert_allclose(getattr(curves, f"{name}change")[start + 1 :], change, rtol=1e-5)
+    np.testing.assert_allclose(curves.channel_mean, x.mean(axis=(1, 3, 4, 5)), atol=1e-6)
+    np.testing.assert_allclose(curves.channel_std, x.std(axis=(1, 3, 4, 5)), rtol=1e-5)
+    assert limit == pytest.approx(max(np.quantile(np.abs(plane[0, 3]), 0.999) for plane in x))
+    index = json.loads((drawn / "frame_debug" / "index.json").read_text())["curves"]
+    assert index["std"] == [*curves.std] and index["x0_change"][:2] == [None, None]
+
+
 def test_the_index_maps_steps_to_files(drawn: Path) -> None:
     index = json.loads((drawn / "frame_debug" / "index.json").read_text())
     assert [entry["step"] for entry in index["entries"]] == [None, *range(STEPS)]

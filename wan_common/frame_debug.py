@@ -303,17 +303,17 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
         images = _View("current_image", image_figure, frames, shared, lambda g: f"x {by}, {_span(g)}", folder, denoising)
         predictions = _View("predicted_x0", image_figure, frames, shared, lambda g: f"predicted x0 {by}, {_span(g)}", folder)
         for number, entry in enumerate(tqdm(entries(clip), total=count, desc=f"{clip.directory.name}: drawing", unit="step")):
-            x = decoder.frames(entry.x.astype(np.float32), needed)
+            x = decoder.frames(entry.x, needed)
             noise.show(entry, {i: entry.x[0, options.channel, latent_frame(i)] for i in frames}, "latents")
             images.show(entry, x, None)
-            x0 = {} if entry.x0 is None else decoder.frames(entry.x0.astype(np.float32), needed)
+            x0 = {} if entry.x0 is None else decoder.frames(entry.x0, needed)
             if x0:
                 predictions.show(entry, x0, "predicted_x0")
             panels = [picture for i in beside for picture in (x[i], x0.get(i, nothing), final[i])]
             side_by_side.append(beside_figure.draw(panels, f"{title}\n{entry.title}", entry.sigma))
             sheet.add(number, _row_label(entry), [x[i] for i in sheet_frames], [x0[i] for i in sheet_frames if x0])
         folder.save_final({i: x0[i] for i in frames})
-        folder.finish(about)
+        folder.finish(about | {"curves": _curves_record(curves)})
     files = [output_dir / name for name in (DENOISING_VIDEO, NOISE_VIDEO, SIDE_BY_SIDE_VIDEO)]
     files.append(sheet.write(output_dir / CONTACT_SHEET))
     files.append(output_dir / STATISTICS_PLOT)
@@ -321,8 +321,14 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
     return curves, files
 
 
+def _curves_record(curves: Curves) -> dict[str, list[float | None]]:
+    """The numbers of the plot for the index: entry by entry, None where there is none."""
+    names = ("sigma", "mean", "std", "change", "x0_mean", "x0_std", "x0_change")
+    return {name: [float(v) if np.isfinite(v) else None for v in getattr(curves, name)] for name in names}
+
+
 def _last(clip: StepLatents) -> np.ndarray:
-    return clip.read(clip.steps[-1])[0].astype(np.float32)
+    return clip.read(clip.steps[-1])[0]
 
 
 def compare_clips(
@@ -353,10 +359,10 @@ def compare_clips(
             for name, stream in streams.items():
                 if (entry := next(stream, None)) is None:
                     continue
-                x = decoder.frames(entry.x.astype(np.float32), [frame])[frame]
+                x = decoder.frames(entry.x, [frame])[frame]
                 x0 = np.full_like(x, BLANK)
                 if entry.x0 is not None:
-                    x0 = decoder.frames(entry.x0.astype(np.float32), [frame])[frame]
+                    x0 = decoder.frames(entry.x0, [frame])[frame]
                 latest[name], cells[name] = entry, (x, x0)
             one, same = next(iter(latest.values())), len({entry.title for entry in latest.values()}) == 1
             x_row, x0_row = zip(*cells.values(), strict=True)
