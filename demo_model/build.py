@@ -87,12 +87,8 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", EOS], pair=["$A", EOS, "$B", EOS], special_tokens=[(EOS, 1)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="always")])
+    tokenizer.post_processor = processors.TemplateProcessing(single=["$A", EOS], pair=["$A", EOS, "$B", EOS], special_tokens=[(EOS, 1)])
     tokenizer.add_special_tokens([PAD, EOS, UNK])
     return tokenizer
 
@@ -132,9 +128,7 @@ def build_transformer(sizes: ModelSizes) -> WanTransformer3DModel:
     ).eval()
 
 
-def build_vae(
-    sizes: ModelSizes, latents_mean: list[float] | None = None, latents_std: list[float] | None = None
-) -> AutoencoderKLWan:
+def build_vae(sizes: ModelSizes, latents_mean: list[float] | None = None, latents_std: list[float] | None = None) -> AutoencoderKLWan:
     """Wan VAE of the published topology with random weights: 4x temporal, 8x spatial, 16 channels."""
     return AutoencoderKLWan(
         base_dim=sizes.vae_base_dim,

