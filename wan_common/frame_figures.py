@@ -1,7 +1,7 @@
 """Figures of a denoising, drawn with matplotlib into uint8 pictures of constant size: image panels, curves, contact sheets.
 
-matplotlib takes about 0.15 s to draw a figure and most of it is axes and text that never change, so a :class:`PanelFigure`
-draws those once and then only blits pictures and its title: 9 ms a picture (``benchmarks/bench_visualize_frames.py``).
+Most of what matplotlib draws is axes and text that never change, so a :class:`PanelFigure` draws those once and then only
+blits pictures and its title: a fifth of the time, 25 ms a picture (``benchmarks/bench_visualize_frames.py``).
 Nothing here touches pyplot or its global state.
 """
 
@@ -169,7 +169,7 @@ def contact_sheet(
 
     Returns uint8 [H, W, 3].
     """
-    gap, left, right, top, bottom = 4, 190, 20, 80, 55
+    gap, left, right, top, bottom = 4, 225, 20, 80, 55
     height, width = next(iter(blocks.values()))[0][0].shape[:2]
     rows, columns = len(row_labels), len(column_labels)
     block_height, block_width = rows * (height + gap) - gap, columns * (width + gap) - gap
