@@ -229,6 +229,13 @@ def test_opens_offline_without_errors_and_shows_the_video(page: Page) -> None:
     assert page.problems() == []
 
 
+def test_starts_with_the_strongest_word(browser: WebDriver, tmp_path: Path) -> None:
+    store_clip(tmp_path, ["weak", "strong"], steps=1, weight=lambda word, step, frame: (0.01, 0.1)[word])
+    visualizer = AttentionVisualizer(AttentionAnalyzer(tmp_path / "attention_maps"), progress=False)
+    page = Page(browser, build_report(visualizer, VIDEO_ID, tmp_path / "one_step.html", original=tmp_path / "output_video.mp4"))
+    assert page.panels() == ["strong"] and page.problems() == []
+
+
 def test_chips_choose_words_side_by_side(page: Page) -> None:
     page.chip("right")
     assert page.panels() == ["left", "right"]

@@ -326,5 +326,8 @@
   });
   buildChips();
   curves();
-  toggle(0, 0);
+  // Start with the word of the largest mean weight.
+  const words = main.groups.flatMap((group, index) => (group.special ? [] : [index]));
+  const total = (index) => main.mass.reduce((sum, row) => sum + row[index], 0);
+  toggle(0, words.length ? words.reduce((best, index) => (total(index) > total(best) ? index : best)) : 0);
 })();
