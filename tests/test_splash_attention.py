@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import custom_splash_attention as csa
-from custom_splash_attention import BlockSizes, default_block_sizes, splash_attention
+from custom_splash_attention import BlockSizes, default_block_sizes, splash_attention, splash_attention_merged
 
 BLOCKS = BlockSizes(128, 512, 256, 128)
 
@@ -214,6 +214,21 @@ def test_runs_under_shard_map_over_heads_and_queries() -> None:
         mesh=mesh, in_specs=(query, keys, keys), out_specs=query, check_vma=False,
     )  # fmt: skip
     np.testing.assert_allclose(jax.jit(sharded)(q, k, v), run(case, q, k, v), atol=1e-6)
+
+
+def test_merged_heads_are_the_same_heads() -> None:
+    """[batch, length, heads x head_dim] against [batch, heads, length, head_dim], rows after kv_length holding NaN."""
+    case = Case("merged", 130, 700, heads=4)
+    q, k, v = inputs(case, "bfloat16")
+    merged = [x.swapaxes(1, 2).reshape(1, x.shape[2], -1) for x in (q, k, v)]
+    padded = [jnp.pad(x, ((0, 0), (0, 60), (0, 0)), constant_values=math.nan) for x in merged[1:]]
+    out = splash_attention_merged(merged[0], *padded, head_dim=128, kv_length=700, block_sizes=BLOCKS, interpret=True)
+    apart = np.asarray(out.astype(jnp.float32)).reshape(1, 130, 4, 128).swapaxes(1, 2)
+    np.testing.assert_array_equal(apart, run(case, q, k, v))
+    with pytest.raises(ValueError, match="head_dim is 96 of 512 features"):
+        splash_attention_merged(merged[0], *merged[1:], head_dim=96, interpret=True)
+    with pytest.raises(ValueError, match="kv_length is 701, wanted 1 to the 700 keys given"):
+        splash_attention_merged(merged[0], *merged[1:], head_dim=128, kv_length=701, interpret=True)
 
 
 def shaped(*shape: int, dtype: str = "float32") -> jax.Array:
