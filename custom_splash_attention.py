@@ -419,7 +419,8 @@ _CHIPS = {
     "tpu7x": _Chip(256, 56 * 2**20),
 }
 
-# Long rows of keys, best of the search by static cycles of the whole grid at 75,600 tokens (docs/KERNEL.md has the losers).
+# Long rows of keys. v6e: best of a search by static cycles of the whole grid at 75,600 tokens. The others are the best of the
+# few that were compiled (docs/KERNEL.md): v4's vector memory is 16 MiB, v5e and v5p are at the MXU's limit already.
 _TABLE = {
     "v4": BlockSizes(1024, 1024, 512, 512),
     "v5e": BlockSizes(1024, 2048, 512, 512),
