@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from custom_splash_attention import chip_name
+
 LANES = 128
 ROWS = 256  # tokens a grid step: 2.5 MiB of a 14B projection, so that the pipeline's copies hide the grid's overhead
 VMEM_BYTES = 48 * 2**20
+SMALL_ROWS, SMALL_VMEM_BYTES = 64, 15 * 2**20  # v4 has 16 MiB of vector memory
 
 
 def _kernel(  # fmt: skip
@@ -39,6 +42,11 @@ def _kernel(  # fmt: skip
             head = head * cos_ref[...] + pltpu.roll(head, head_dim // 2, 1) * sin_ref[...]
         at = start % group
         o_ref[start // group, :, at : at + head_dim] = head.astype(o_ref.dtype)
+
+
+def block_rows(chip: str) -> int:
+    """Tokens of a grid step on ``chip``."""
+    return SMALL_ROWS if chip == "v4" else ROWS
 
 
 def rope_tables(cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,10 +82,10 @@ def norm_rope(
     """
     batch, length, features = x.shape
     if head_dim % LANES or features % (head_dim * groups):
-        raise ValueError(
-            f"head_dim is {head_dim} and groups {groups} of {features} features, wanted a multiple of {LANES} and whole heads"
-        )
-    rows = min(ROWS, -(-length // 16) * 16)
+        raise ValueError(f"head_dim is {head_dim} and groups {groups} of {features} features, wanted a multiple of {LANES} and whole heads")
+    chip = "interpreted" if interpret else chip_name()
+    limit = SMALL_VMEM_BYTES if chip == "v4" else VMEM_BYTES
+    rows = min(block_rows(chip), -(-length // 16) * 16)
     if weight is None:
         weight = jnp.ones((features,), x.dtype)
     cos, sin = tables if tables is not None else (jnp.zeros((8, head_dim), jnp.float32),) * 2
@@ -94,7 +102,7 @@ def norm_rope(
         ],
         out_specs=pl.BlockSpec((None, groups, rows, features // groups), lambda b, i: (b, 0, i, 0)),
         out_shape=jax.ShapeDtypeStruct((batch, groups, length, features // groups), x.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=limit),
         interpret=interpret,
-        name="norm_rope",
+        name="norm_rope" if tables is not None else "norm",
     )(x, weight.reshape(1, -1), cos.astype(jnp.float32), sin.astype(jnp.float32))  # fmt: skip

@@ -132,7 +132,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return None
-    options = {"xla_tpu_enable_async_all_to_all": "true"}
+    # The weights of the next block arrive while this one computes (openxla.org/xla/flags_guidance names the three together;
+    # without them every gather of a v6e program waits). Not xla_tpu_overlap_compute_collective_tc: with these it gave NaN on
+    # v6e-16 (maxdiffusion issue 429).
+    options = {
+        "xla_tpu_enable_async_all_to_all": "true", "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true", "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    }  # fmt: skip
     if device.device_kind in SCOPED_VMEM_MIB:
         options["xla_tpu_scoped_vmem_limit_kib"] = str(1024 * SCOPED_VMEM_MIB[device.device_kind])
     return options

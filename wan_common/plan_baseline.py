@@ -1,0 +1,85 @@
+"""The plain program that seed 001 measured: stock modules, blocks unrolled, its mesh and its attention table.
+
+Only for calibrating predictions against a time that was measured on hardware; nothing else runs this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchax
+from diffusers import WanTransformer3DModel
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from torchax.interop import jax_view, torch_view
+
+from wan_common.mesh import MeshShape
+from wan_common.torchax_bridge import DTYPES, meta_module
+
+MEASURED_SECONDS = 4.59  # a step of 14B, 720p, 81 frames on v6e-8 (seed 001's benchmark table)
+MESH = MeshShape(dp=2, tp=4)  # seed 001
+BLOCKS = (3328, 2816, 256)  # seed 001: bqsize, bkvsize, bkvcomputesize
+LONG_KEYS = 20000  # seed 001: self-attention above this many keys is split by heads, else queries by tokens
+# Seed 001's weight sharding; everything else is replicated.
+_RULES = (
+    ("to_q.weight", ("tp",)), ("to_k.weight", ("tp",)), ("to_v.weight", ("tp",)), ("to_out.0.weight", (None, "tp")),
+    ("net.0.proj.weight", ("tp",)), ("net.2.weight", (None, "tp")),
+)  # fmt: skip
+
+
+def _attention(mesh: Mesh, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, H, S, D]: the kernel on long keys by heads, a dense softmax on short keys by queries."""
+    from custom_splash_attention import BlockSizes, splash_attention
+
+    if key.shape[2] > LONG_KEYS:
+        spec = PartitionSpec("dp", "tp", None, None)
+        blocks = BlockSizes(BLOCKS[0], BLOCKS[1], BLOCKS[2], BLOCKS[2])
+        return jax.shard_map(
+            lambda q, k, v: splash_attention(q, k, v, block_sizes=blocks), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec,
+            check_vma=False,
+        )(query, key, value)  # fmt: skip
+    split, whole = PartitionSpec("dp", None, "tp", None), PartitionSpec("dp", None, None, None)
+
+    def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+    return jax.shard_map(dense, mesh=mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False)(query, key, value)
+
+
+def plain_program(
+    config: dict[str, Any], mesh: Mesh, height: int, width: int, frames: int, text_length: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted stock forward on a batch of two (guidance), and its abstract arguments; bf16."""
+    model = meta_module(lambda: WanTransformer3DModel.from_config(config))
+    env = torchax.tensor.Environment()
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch_view(_attention(mesh, *(jax_view(x) for x in (query, key, value))))
+
+    env.override_op_definition(torch.nn.functional.scaled_dot_product_attention, attention)
+
+    def forward(params: dict[str, jax.Array], latents: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
+        with env, torch.no_grad():
+            arguments = torch_view((latents, timestep, embeds))
+            out = torch.func.functional_call(model, torch_view(params), arguments, {"return_dict": False})
+            return jax_view(out)[0]
+
+    def struct(shape: tuple[int, ...], dtype: Any, *spec: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    params = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        spec = next((spec for suffix, spec in _RULES if name.endswith(suffix)), ())
+        kept = any(part in WanTransformer3DModel._keep_in_fp32_modules for part in name.split("."))
+        params[name] = struct(tuple(tensor.shape), np.dtype(np.float32) if kept else DTYPES["bfloat16"], *spec)
+    latents = (2, model.config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
+    inputs = (
+        struct(latents, jnp.bfloat16, "dp"),
+        struct((2,), jnp.int32),
+        struct((2, text_length, model.config.text_dim), jnp.bfloat16, "dp"),
+    )
+    return jax.jit(forward), (params, *inputs)
