@@ -24,7 +24,7 @@ from wan_common.latents import draw_noise, save_latents
 from wan_common.multihost import is_writer
 from wan_common.scheduler import State, StepTable, initial_state
 from wan_common.signals import StopSignals
-from wan_common.step_latents import StepLatentsWriter, steps_on_disk
+from wan_common.step_latents import BackgroundWriter, StepLatentsWriter, snapshot, steps_on_disk
 from wan_common.torchax_bridge import Params
 
 logger = logging.getLogger("denoise")
@@ -246,6 +246,7 @@ class ClipRunner:
             from wan_common.latent_rgb import load_latent_rgb
 
             recorders.preview = (self.output_dir / f"preview{clip.suffix}.png", load_latent_rgb(self.model_dir))
+            recorders.previewer = stack.enter_context(BackgroundWriter())
         for negative, words in targets:
             info = self._clip_info(clip, negative)
             video_id = clip.video_id + ("_negative" if negative else "")
@@ -272,6 +273,7 @@ class Recorders:
     step_latents: StepLatentsWriter | None = None
     attention: list[AttentionWriter] = dataclasses.field(default_factory=list)
     preview: tuple[Path, Any] | None = None
+    previewer: BackgroundWriter = dataclasses.field(default=None)  # type: ignore[assignment]
     preview_every: int = 0
 
     def take(self, index: int, state: State, info: dict[str, Any], table: StepTable) -> None:
@@ -287,7 +289,8 @@ class Recorders:
             from wan_common.frame_views import write_preview
 
             path, coefficients = self.preview
-            write_preview(path, np.asarray(info["predicted_x0"]), coefficients, index, len(table))
+            shown = snapshot(info["predicted_x0"], "float32")
+            self.previewer.submit(write_preview, path, shown, coefficients, index, len(table))
 
     def flush(self) -> None:
         """Wait until everything taken so far is on disk."""
@@ -295,6 +298,8 @@ class Recorders:
             self.step_latents.flush()
         for writer in self.attention:
             writer.flush()
+        if self.preview is not None:
+            self.previewer.flush()
 
     def finish(self) -> None:
         """Everything on disk, with the means over steps."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 EXIT_USAGE = 2
 EXIT_ARTIFACT = 3
 EXIT_NUMERICAL = 4
+EXIT_LOST_PROCESS = 5
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 
@@ -61,14 +62,22 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     given their exit code here. Any other exception is a bug and keeps its traceback.
     """
     setup_logging()
+    from wan_common import multihost
+
     try:
         main(argv)
+        multihost.leave()
     except WanError as error:
         logger.error("error: %s", error)
         return error.exit_code
     except KeyboardInterrupt:
         logger.error("error: interrupted before there was anything to save; rerun the same command")
         return EXIT_SIGINT
+    except RuntimeError as error:
+        if (message := multihost.lost_process(error)) is None:
+            raise
+        logger.error("error: %s", message)
+        return EXIT_LOST_PROCESS
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

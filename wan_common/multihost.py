@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 logger = logging.getLogger("multihost")
+COORDINATOR_LINGERS = 3.0  # seconds; the others need milliseconds to disconnect
 _state = {"initialized": False}  # jax.distributed can be initialised once a process
 
 
@@ -21,7 +23,7 @@ def initialize(asked: bool) -> None:
 
     On TPU pods and under SLURM or Open MPI JAX finds coordinator and process ids itself; elsewhere they come from
     ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. CPU processes talk through gloo.
-    A process that dies ends the others: heartbeats are given up after 30 seconds.
+    A process that dies ends the others: heartbeats are given up after 20 seconds.
     """
     if _state["initialized"] or not wants_distributed(asked):
         return
@@ -29,16 +31,29 @@ def initialize(asked: bool) -> None:
 
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    settings: dict[str, Any] = {"heartbeat_timeout_seconds": 30}
+    settings: dict[str, Any] = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         settings.update(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"], num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
         )  # fmt: skip
+    # Without this a lost process makes JAX abort the others, at exit at the latest, before they can say what happened.
+    jax.config.update("jax_enable_recoverability", True)
     jax.distributed.initialize(**settings)
     _state["initialized"] = True
     here, everywhere = jax.local_device_count(), jax.device_count()
     logger.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(), here, everywhere)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What to tell the user when a collective failed because another process of this run is gone; None for other errors."""
+    if not _state["initialized"] or type(error).__name__ != "JaxRuntimeError":
+        return None
+    reason = str(error).strip().splitlines()[0][:200]
+    return (
+        f"another process of this run is gone or unreachable ({reason}); its own log says why; "
+        "rerun the same command on every host: stage 2 goes on from its last checkpoint"
+    )
 
 
 def is_writer() -> bool:
@@ -58,3 +73,19 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def leave() -> None:
+    """End of a command that went well: all processes leave together, the coordinator (process 0) last.
+
+    Recoverable processes do not wait for each other at shutdown, and one that finds the coordinator gone aborts.
+    """
+    if not _state["initialized"]:
+        return
+    import jax
+
+    barrier("leave")
+    if jax.process_index() == 0:
+        time.sleep(COORDINATOR_LINGERS)
+    jax.distributed.shutdown()
+    _state["initialized"] = False
