@@ -332,6 +332,7 @@ def read_bundles(bundles: str, usage: str, names: list[str]) -> dict:
             starts.setdefault(region, address)
         for region in re.findall(r"sbr\.rel [^;}]*target = \$region(\d+)", line):
             branches.append((address, region))
+    branches = [(a, r) for a, r in branches if r in starts]  # v5p leaves through a region that has no marker
     loops = [(starts[r], a + BRANCH_BUNDLES) for a, r in branches if starts[r] <= a]
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
     bodies = [(a + BRANCH_BUNDLES, starts[r]) for a, r in branches if begin <= a and a < starts[r] <= end]
