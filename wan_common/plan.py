@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_common.atomic import atomic_path
-from wan_common.errors import UsageError
-from wan_common.hlo import Kernel, Totals, schedule, total
+from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, splash_cycles
 from wan_common.mesh import MeshShape, choose_mesh_shape
 from wan_common.plan_kernels import norm_rope_seconds
@@ -142,8 +141,11 @@ def compiled_stage(request: Request, stage: str, use_cache: bool = True) -> Comp
 
 
 def _compile(request: Request, stage: str) -> Compiled:
+    import warnings
+
     import jax
 
+    warnings.filterwarnings("ignore", message="Explicitly requested dtype int64", category=UserWarning)  # as mesh.prepare_jax
     logger.info("%s: compiling for %s", stage, request.topology.name)
     mesh = stage_mesh(request, stage)
     begun = time.perf_counter()
@@ -279,7 +281,9 @@ def kernel_timer(request: Request) -> Callable[[Kernel], float]:
         if kernel.name in ("norm", "norm_rope"):
             return norm_rope_seconds(chip, kernel.operands[0][1], kernel.result[1], kernel.name.startswith("norm_rope"), kernel.result[0])
         if "splash_attention" not in kernel.name:
-            raise UsageError(f"{kernel.name}: a kernel whose cycles nothing here can read")
+            # The compiler's own (a softmax fused into its matmuls): it gives no cycles, so the least its traffic needs.
+            spec = request.topology.spec
+            return size_of([*kernel.operands, kernel.result]) / (spec.hbm_bytes / (1 if spec.shared else spec.cores))
         (dtype, query), (_, key) = kernel.operands[:2]
         heads = query[0] * (query[2] // head_dim)
         keys = key[1] if key[1] <= SHORT_KEYS else min(key[1], request.tokens)
@@ -387,6 +391,7 @@ def assumptions(request: Request) -> list[str]:
         f"clock {chip.clock_hz / 1e9:g} GHz{unpublished if request.topology.chip == 'tpu7x' else ''}",
         "fusions: XLA:TPU's estimated_cycles in the scheduled program, times the trips of their loops",
         "kernels: static VLIW bundles from the compiler's dump times the grid, or the HBM traffic at full bandwidth if that is longer",
+        "a kernel of the compiler's own (fused softmax): its HBM traffic at full bandwidth",
         f"links: {links.bytes_per_second / 1e9:g} GB/s each way a link (vendor's total a chip / {links.count} links / 2), no wrap-around,"
         " no latency; a collective takes what the narrowest device or straight cut of its group needs",
         "overlap: an asynchronous collective is hidden by what the compiler scheduled between its start and its done; a synchronous"
