@@ -10,7 +10,15 @@ import sys
 
 from wan_common import stages
 from wan_common.config import (
-    AttentionFlags, BenchOptions, DenoiseOptions, FpsOptions, InputOptions, MeshOptions, RunOptions, VideoOptions, parse_options,
+    AttentionFlags,
+    BenchOptions,
+    DenoiseOptions,
+    FpsOptions,
+    InputOptions,
+    MeshOptions,
+    RunOptions,
+    VideoOptions,
+    parse_options,
 )  # fmt: skip
 from wan_common.errors import run_command
 from wan_common.signals import StopSignals

@@ -117,7 +117,8 @@ def main() -> None:
     above = max(run["above"] for run in ours) / 2**20
     largest = ours[0]["largest"] / 2**20
     summary = {
-        "shards": len(list(folder.glob("*.safetensors"))), "resident_mib": round(ours[0]["resident"] / 2**20), "ours_s": round(seconds["ours"], 2),
+        "shards": len(list(folder.glob("*.safetensors"))), "resident_mib": round(ours[0]["resident"] / 2**20),
+        "ours_s": round(seconds["ours"], 2),
         "diffusers_s": round(seconds["theirs"], 2), "ratio": round(seconds["ours"] / seconds["theirs"], 3),
         "largest_tensor_mib": round(largest), "peak_above_weights_mib": round(above), "allowed_mib": round(largest + 512),
     }  # fmt: skip

@@ -143,7 +143,8 @@ class BatchOptions:
 
 
 GROUPS: tuple[type, ...] = (
-    RunOptions, InputOptions, FpsOptions, PromptOptions, VideoOptions, AttentionFlags, MeshOptions, DenoiseOptions, DecodeOptions, BenchOptions, BatchOptions,
+    RunOptions, InputOptions, FpsOptions, PromptOptions, VideoOptions, AttentionFlags, MeshOptions, DenoiseOptions, DecodeOptions,
+    BenchOptions, BatchOptions,
 )  # fmt: skip
 _HINTS: dict[str, Any] = {name: hint for group in GROUPS for name, hint in typing.get_type_hints(group).items()}
 # YAML keys that are no flags: seed 003's block, and seed 000's keys that visualize_frames.py reads.

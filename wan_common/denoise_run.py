@@ -162,7 +162,8 @@ class ClipRunner:
                     recorders.flush()
                     self._save_checkpoint(clip, state, i + 1)
                     if self.stop.received is not None:
-                        raise self.stop.error(f"checkpoint written after step {i + 1} of {total}; rerun the same command to go on from there")
+                        done = f"checkpoint written after step {i + 1} of {total}"
+                        raise self.stop.error(f"{done}; rerun the same command to go on from there")
             self._check(previous, total - 1)
             bar.update(total - bar.n)
             latents = np.asarray(jax.device_get(state["sample"]))

@@ -216,7 +216,8 @@ def encode(plan: TextPlan, loaded: tuple[TextEncoder, Params]) -> Embeddings:
     embeds = encoder.run(params, tokens.ids, tokens.lengths)
     return Embeddings(
         prompt=embeds[:-1], negative=embeds[-1:], token_ids=tokens.ids[:-1], negative_token_ids=np.asarray(tokens.ids[-1:]),
-        prompts=[prompt.text for prompt in prompts], negative_prompt=negative.text, words=tokens.words[:-1], negative_words=tokens.words[-1],
+        prompts=[prompt.text for prompt in prompts], negative_prompt=negative.text, words=tokens.words[:-1],
+        negative_words=tokens.words[-1],
         num_tokens=[int(n) for n in tokens.lengths[:-1]], negative_num_tokens=int(tokens.lengths[-1]), model=plan.job.model,
     )  # fmt: skip
 

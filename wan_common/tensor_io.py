@@ -136,7 +136,7 @@ class SafetensorsReader:
     def _fill(self, out: np.ndarray, offset: int) -> None:
         if out.nbytes == 0:
             return
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], offset + done)

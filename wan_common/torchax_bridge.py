@@ -205,7 +205,7 @@ class Checkpoint:
         else:
             files = [path.name for path in sorted(folder.glob("*.safetensors"))][:1]
             if files and "-of-" in files[0]:
-                raise ArtifactError(f"{folder}: {files[0]} is one of several shards and their *.safetensors.index.json is missing; {remedy}")
+                raise ArtifactError(f"{folder}: {files[0]} is one of several shards, their *.safetensors.index.json is missing; {remedy}")
         if not files:
             raise ArtifactError(f"{folder}: no *.safetensors weights found; {remedy}")
         self.folder = folder

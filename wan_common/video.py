@@ -141,7 +141,8 @@ def read_video(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
     import imageio
 
     try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
+        reader: Any
+        with imageio.get_reader(Path(path), format="FFMPEG") as reader:  # type: ignore[arg-type]
             yield from (np.asarray(frame) for frame in reader)
     except (OSError, RuntimeError, IndexError, ValueError) as error:
         raise ArtifactError(f"{path}: not a readable video ({error}); rerun stage3_vae_decoder.py") from error
