@@ -25,7 +25,7 @@ HloModule jit_step, is_scheduled=true
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %p = (s32[], bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
-  %start = (bf16[8,128]{1,0}, bf16[32,128]{1,0}, u32[]{:S(2)}) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %start = (bf16[8,128], bf16[32,128], u32[]) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
   %hot = bf16[8,128]{1,0} fusion(%x), kind=kOutput, calls=%f, metadata={op_name="jit(step)/dot"}, backend_config={"estimated_cycles":"1000"}
   %done = bf16[32,128]{1,0} all-gather-done(%start)
   %sum = bf16[8,128]{1,0} all-reduce(%hot), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
