@@ -149,8 +149,8 @@ def _compile(request: Request, stage: str) -> Compiled:
     logger.info("%s: compiling for %s", stage, request.topology.name)
     mesh = stage_mesh(request, stage)
     begun = time.perf_counter()
+    jitted, arguments = stage_program(request, stage, mesh)
     with jax.set_mesh(mesh):
-        jitted, arguments = stage_program(request, stage, mesh)
         traced = jitted.trace(*arguments)
         lowered = traced.lower()
         lowered_at = time.perf_counter()

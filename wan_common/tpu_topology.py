@@ -108,7 +108,9 @@ def describe(which: Topology) -> list[Any]:
     """The devices of ``which`` as libtpu describes them, for ``make_mesh``."""
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(topology_name=which.libtpu, platform="tpu").devices)
+    # v4's two cores are one device unless a program asks otherwise; libtpu's default description has them apart.
+    options = {"chip_config_name": "megacore"} if which.chip == "v4" else {}
+    return list(topologies.get_topology_desc(topology_name=which.libtpu, platform="tpu", **options).devices)
 
 
 class Network:
