@@ -66,7 +66,6 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
 
     try:
         main(argv)
-        multihost.leave()
     except WanError as error:
         logger.error("error: %s", error)
         return error.exit_code

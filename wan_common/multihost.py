@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from typing import Any
 
 logger = logging.getLogger("multihost")
-COORDINATOR_LINGERS = 3.0  # seconds; the others need milliseconds to disconnect
 _state = {"initialized": False}  # jax.distributed can be initialised once a process
 
 
@@ -37,8 +35,6 @@ def initialize(asked: bool) -> None:
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"], num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
             process_id=int(os.environ["JAX_PROCESS_ID"]),
         )  # fmt: skip
-    # Without this a lost process makes JAX abort the others, at exit at the latest, before they can say what happened.
-    jax.config.update("jax_enable_recoverability", True)
     jax.distributed.initialize(**settings)
     _state["initialized"] = True
     here, everywhere = jax.local_device_count(), jax.device_count()
@@ -46,7 +42,12 @@ def initialize(asked: bool) -> None:
 
 
 def lost_process(error: BaseException) -> str | None:
-    """What to tell the user when a collective failed because another process of this run is gone; None for other errors."""
+    """What to tell the user when a collective failed because another process of this run is gone; None for other errors.
+
+    When the collective waits instead of failing, JAX itself ends this process with such a message once the other's heartbeats
+    have stopped (20 s). It also does so while this process exits, so the exit code is then SIGABRT's and not 5.
+    (``jax_enable_recoverability`` avoids that abort, but then a waiting collective waits for ever: docs/LOG.md.)
+    """
     if not _state["initialized"] or type(error).__name__ != "JaxRuntimeError":
         return None
     reason = str(error).strip().splitlines()[0][:200]
@@ -73,19 +74,3 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
-
-
-def leave() -> None:
-    """End of a command that went well: all processes leave together, the coordinator (process 0) last.
-
-    Recoverable processes do not wait for each other at shutdown, and one that finds the coordinator gone aborts.
-    """
-    if not _state["initialized"]:
-        return
-    import jax
-
-    barrier("leave")
-    if jax.process_index() == 0:
-        time.sleep(COORDINATOR_LINGERS)
-    jax.distributed.shutdown()
-    _state["initialized"] = False
