@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--require_fit", action="store_true", help="exit with 1 when a stage does not fit")
     add("--baseline", action="store_true", help="predict the plain program that seed 001 measured, beside its measurement")
     add("--search_blocks", action="store_true", help="rank the attention kernel's block sizes by static cycles")
+    add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="stages compiled at a time (default: cores, at most 2)")
     add("--no_cache", action="store_true", help="compile even what is cached")
     return parser
 
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         result = baseline(use_cache=not args.no_cache)
         print("\n".join(result.pop("lines")))
     else:
-        result = plan_and_print(request, tuple(args.stages) if args.stages else None, not args.no_cache)
+        result = plan_and_print(request, tuple(args.stages) if args.stages else None, not args.no_cache, args.jobs)
     if args.json:
         write_json(Path(args.json), result)
     unfit = [name for name, stage in result["stages"].items() if not stage["fits"]]
@@ -120,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         raise DoesNotFit(f"{', '.join(unfit)}: does not fit {result['topology']} (see above); leave --require_fit out for exit code 0")
 
 
-def plan_and_print(request: Request, stages: tuple[str, ...] | None, use_cache: bool) -> dict[str, Any]:
+def plan_and_print(request: Request, stages: tuple[str, ...] | None, use_cache: bool, jobs: int) -> dict[str, Any]:
     """Plan, print the tables, name a slice that fits where this one does not."""
     from wan_common.plan import STAGES, StagePlan, one_that_fits, plan
 
-    result = plan(request, stages or STAGES, use_cache)
+    result = plan(request, stages or STAGES, use_cache, jobs)
     print(table(result))
     for name, stage in result["stages"].items():
         if stage["fits"]:

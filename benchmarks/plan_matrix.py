@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wan_common.atomic import write_text
 from wan_common.errors import run_command
 from wan_common.mesh import MeshShape
-from wan_common.plan import STAGES, Request, StagePlan, cache_dir, clip_seconds, plan_stage, program_key
+from wan_common.plan import STAGES, Request, StagePlan, clip_seconds, plan_stage, program_file
 from wan_common.published import WAN_1_3B, WAN_14B, ModelConfigs
 from wan_common.tpu_topology import GIB, set_environment, topology
 
@@ -51,8 +51,7 @@ def requests() -> list[Request]:
 
 def planned(request: Request, stage: str, compile_it: bool) -> StagePlan | None:
     """The stage's plan, or None where it is not cached and nothing may be compiled."""
-    file = cache_dir() / f"{stage}-{program_key(request, stage)}.json.gz"
-    return plan_stage(request, stage) if compile_it or file.exists() else None
+    return plan_stage(request, stage) if compile_it or program_file(request, stage).exists() else None
 
 
 def title(request: Request) -> str:

@@ -6,6 +6,7 @@ Predicted seconds = (estimated cycles of every scheduled fusion x its loop's tri
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_common.atomic import atomic_path
+from wan_common.errors import setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, splash_cycles
 from wan_common.mesh import MeshShape, choose_mesh_shape
@@ -34,13 +37,13 @@ logger = logging.getLogger("plan")
 STAGES = ("text_encoder", "denoise_step", "vae_decode")
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
-# What decides a compiled program; the analysis of its text is done anew each time.
-SOURCES = (
-    "custom_splash_attention.py", *(f"wan_common/{name}.py" for name in (
-        "attention", "attention_maps", "denoiser", "mesh", "plan_baseline", "pytrees", "rope_kernel", "scheduler", "sharding",
-        "text_encoder", "torchax_bridge", "vae",
-    )),
-)  # fmt: skip
+# What decides a compiled program, by stage; the analysis of its text is done anew each time.
+SOURCES = {
+    "text_encoder": ("text_encoder", "pytrees"),
+    "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler", "../custom_splash_attention"),
+    "vae_decode": ("vae",),
+}
+SHARED_SOURCES = ("mesh", "sharding", "torchax_bridge")
 SHORT_KEYS = 1024  # keys of one kernel call up to here are text, more are tokens
 
 
@@ -120,14 +123,20 @@ def program_key(request: Request, stage: str) -> str:
         **{name: fields[name] for name in relevant}, "mesh": str(request.mesh_shape) if stage != "vae_decode" else "",
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-    for source in SOURCES:
-        digest.update((ROOT / source).read_bytes())
+    extra = [*(["attention_maps"] if request.store_words else []), *(["plan_baseline"] if request.baseline else [])]
+    for source in (*SHARED_SOURCES, *SOURCES[stage], *(extra if stage == "denoise_step" else [])):
+        digest.update((ROOT / "wan_common" / f"{source}.py").read_bytes())
     return digest.hexdigest()[:32]
+
+
+def program_file(request: Request, stage: str) -> Path:
+    """Where the stage's program is kept once it is compiled."""
+    return cache_dir() / f"{stage}-{program_key(request, stage)}.json.gz"
 
 
 def compiled_stage(request: Request, stage: str, use_cache: bool = True) -> Compiled:
     """The stage's program for the slice, from the cache or by compiling it (minutes)."""
-    file = cache_dir() / f"{stage}-{program_key(request, stage)}.json.gz"
+    file = program_file(request, stage)
     if use_cache and file.exists():
         try:
             return Compiled(**json.loads(gzip.decompress(file.read_bytes())))
@@ -361,9 +370,24 @@ def needed_bytes(message: str) -> int:
     return int(float(found.group(1)) * units[found.group(2)]) if found else 0
 
 
-def plan(request: Request, stages: tuple[str, ...] = STAGES, use_cache: bool = True) -> dict[str, Any]:
+def fill_cache(request: Request, stages: tuple[str, ...], use_cache: bool, jobs: int) -> None:
+    """Compile what is not cached, ``jobs`` stages at a time, each in a process of its own (a compilation uses one core)."""
+    missing = [stage for stage in stages if not use_cache or not program_file(request, stage).exists()]
+    missing.sort(key=("vae_decode", "denoise_step", "text_encoder").index)  # the longest first
+    if jobs < 2 or len(missing) < 2:
+        for stage in missing:
+            compiled_stage(request, stage, use_cache)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=setup_logging) as pool:
+        for done in [pool.submit(compiled_stage, request, stage, use_cache) for stage in missing]:
+            done.result()
+
+
+def plan(request: Request, stages: tuple[str, ...] = STAGES, use_cache: bool = True, jobs: int = 1) -> dict[str, Any]:
     """Plan ``stages`` of one clip; the result has the keys of the JSON that plan_tpu.py writes."""
-    plans = {stage: plan_stage(request, stage, use_cache) for stage in stages}
+    fill_cache(request, stages, use_cache, jobs)
+    plans = {stage: plan_stage(request, stage) for stage in stages}
     which = request.topology
     result: dict[str, Any] = {
         "topology": which.name, "chips": which.chips, "model": request.model.name, "height": request.height, "width": request.width,
