@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     decode = stages.plan_decode(options, video_of)
     decode.mesh, decode.devices = plan.mesh, plan.devices
     decode.save({})
+    stages.draw_batch_attention(plan.output.path, plan.analysis)
 
 
 def single_folder(options: Options, text: stages.TextPlan) -> Options:

@@ -974,8 +974,10 @@ def _original(analyzer: AttentionAnalyzer, video_id: str, input_dir: Path, given
         return Path(given)
     suffix = analyzer.get_video_metadata(video_id).get("clip", {}).get("suffix", "")
     path = input_dir / f"output_video{suffix}.mp4"
-    if path.is_file():
-        return path
+    batch = re.sub(r"^(prompt_\d+)_vid_(\d+)(_negative)?$", r"videos/\1/video_\2.mp4", video_id)  # where generate.py puts a batch
+    for candidate in (path, input_dir / batch):
+        if candidate.is_file():
+            return candidate
     logger.warning("%s: no such video, so no overlays; run stage3_vae_decoder.py first, or pass --original-video", path)
     return None
 

@@ -442,6 +442,7 @@ class DecodePlan(StagePlan):
     fps: int = 16
     decode: DecodeOptions = DecodeOptions()
     bench: BenchOptions = BenchOptions()
+    analysis: AttentionSettings = dataclasses.field(default=None)  # type: ignore[assignment]
 
     def save(self, timings: dict[str, Any]) -> None:
         """Write the provenance of all videos."""
@@ -460,9 +461,11 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     Raises:
         UsageError, ArtifactError, NumericalError: see the functions it calls.
     """
+    from wan_common.attention_maps import AttentionSettings
     from wan_common.latents import load_latents
 
     run, source = options.get(RunOptions), RunDir(options.get(InputOptions).input_dir)
+    analysis = AttentionSettings.from_mapping(options.yaml.get("attention_analysis", {}))
     config, decode = source.read_config(), options.get(DecodeOptions)
     names = sorted(source.record(STAGE2).get("outputs", {})) or [latents_name("")]
     missing = [name for name in names if not (source / name).is_file()]
@@ -477,14 +480,15 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     if video_of is None and decode.output_video is not None and len(names) > 1:
         raise UsageError(f"--output_video {decode.output_video}: there are {len(names)} latents files in {source.path}; leave it out")
     output = RunDir(run.output_dir or source.path)
-    suffixes = [name.removeprefix("stage2_latents").removesuffix(".safetensors") for name in names]
+    suffixes = [suffix_of(name) for name in names]
     default = {suffix: Path(decode.output_video) if decode.output_video else output / video_name(suffix) for suffix in suffixes}
     videos = [(video_of or default)[suffix] for suffix in suffixes]
     names_of_videos = [output.name_of(video) for video in videos]  # relative: a moved folder stays current
     settings = {"fps": fps, "dtype": run.dtype, "save_frames": decode.save_frames, "output_video": names_of_videos}
     job = Job(settings, {name: latents.sha256 for name, latents in loaded}, model.identity("vae"))
     return DecodePlan(
-        STAGE3, run, model, output, job, MeshOptions(), input=source, latents=loaded, videos=videos, fps=fps, decode=decode, bench=bench
+        STAGE3, run, model, output, job, MeshOptions(), input=source, latents=loaded, videos=videos, fps=fps, decode=decode,
+        bench=bench, analysis=analysis,
     )  # fmt: skip
 
 
@@ -511,14 +515,44 @@ def decode_all(plan: DecodePlan, decoder: VaeDecoder) -> None:
             decode_video(decoder, latents, video, plan.fps, plan.decode.save_frames)
             seconds[name] = round(time.perf_counter() - begun, 2)
             logger.info("%s: decoded in %.2f s", video, seconds[name])
+        draw_clip_attention(plan.input.path, plan.analysis, suffix_of(name), video)
     plan.save({**timings, "seconds": {"decode": seconds}})
+    draw_batch_attention(plan.input.path, plan.analysis)
+
+
+def suffix_of(name: str) -> str:
+    """The clip's suffix in a latents file's name."""
+    return name.removeprefix("stage2_latents").removesuffix(".safetensors")
+
+
+def draw_clip_attention(run: Path, analysis: AttentionSettings, suffix: str, video: Path) -> None:
+    """Seed 003's ``auto_generate_per_video``: the clip's attention videos in ``attention_videos/`` beside its video."""
+    if not analysis.auto_generate_per_video or not multihost.is_writer():
+        return
+    from wan_common.attention_maps import AttentionAnalyzer
+    from wan_common.attention_visualizer import visualize_run
+
+    analyzer = AttentionAnalyzer(run / "attention_maps")
+    mine = [v for v in analyzer.get_available_videos() if analyzer.get_video_metadata(v)["clip"]["suffix"] == suffix]
+    params = analysis.visualization_params
+    visualize_run(run, video.parent, video_ids=mine, params=params, original_video=video, figures=False, report=False)
+
+
+def draw_batch_attention(run: Path, analysis: AttentionSettings) -> None:
+    """Seed 003's ``auto_generate_videos``: all attention videos in ``attention_videos/`` once the batch is done."""
+    if analysis.auto_generate_videos and multihost.is_writer():
+        from wan_common.attention_visualizer import visualize_run
+
+        visualize_run(run, run, params=analysis.visualization_params, figures=False, report=False)
 
 
 def decode_clip(plan: DenoisePlan, decoder: VaeDecoder, path: Path, video: Path, options: Options) -> None:
     """generate.py: decode one clip as soon as its latents are written."""
     from wan_common.latents import load_latents
 
+    multihost.barrier(path.name)
     decode_video(decoder, load_latents(plan.output, path, force=True), video, plan.fps, options.get(DecodeOptions).save_frames)
+    draw_clip_attention(plan.output.path, plan.analysis, suffix_of(path.name), video)
 
 
 def decode_video(decoder: VaeDecoder, latents: Latents, video: Path, fps: int, save_frames: bool = False) -> None:
