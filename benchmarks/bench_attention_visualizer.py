@@ -31,7 +31,7 @@ def store(folder: Path, steps: int, words: int, width: int, height: int, frames:
     """Write the maps and the video; seconds spent writing maps."""
     grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
     entries = [{"word": f"word{i}", "span": [8 * i, 8 * i + 5], "tokens": [i], "target": False} for i in range(words)]
-    prompt = " ".join(entry["word"] for entry in entries)
+    prompt = " ".join(str(entry["word"]) for entry in entries)
     targets = select_targets(entries, words + 1)
     info = ClipInfo(width, height, frames, 16, grid, steps, words + 1, 512, prompt, list(range(words + 1)))
     rng = np.random.default_rng(0)

@@ -47,11 +47,11 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from wan_common.published import TRANSFORMER_1_3B
+    from wan_common.published import WAN_1_3B
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = WanTransformer3DModel.from_config({**TRANSFORMER_1_3B, "num_layers": layers})
+    model = WanTransformer3DModel.from_config({**WAN_1_3B.transformer, "num_layers": layers})
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
