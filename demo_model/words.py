@@ -22,10 +22,10 @@ BACKGROUND_COLORS: dict[str, tuple[int, int, int]] = {
     "green": (30, 170, 50),
     "pink": (250, 170, 200),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 # Unit steps (dx, dy) in picture coordinates: y grows downwards.
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SIZES: dict[str, tuple[float, float]] = {"small": (11.0, 13.5), "": (13.5, 18.5), "large": (18.5, 22.0)}  # radius, px
+SIZES: dict[str, tuple[float, float]] = {"small": (12.0, 15.0), "": (15.5, 20.5), "large": (20.5, 24.0)}  # radius, px
 
 # Words of the caption templates (see train/captions.py) and their everyday neighbours.
 TEMPLATE_WORDS: tuple[str, ...] = (
@@ -52,5 +52,5 @@ FRAGMENTS: tuple[str, ...] = (
 
 def all_words() -> list[str]:
     """Every whole-word piece, lower case, without duplicates, in a fixed order."""
-    world = [*OBJECT_COLORS, *BACKGROUND_COLORS, *SHAPES, *DIRECTIONS, *(s for s in SIZES if s)]
+    world = [*OBJECT_COLORS, *BACKGROUND_COLORS, *SHAPES, "cross", *DIRECTIONS, *(s for s in SIZES if s)]
     return list(dict.fromkeys([*world, *TEMPLATE_WORDS, *COMMON_PIECES]))

@@ -65,8 +65,8 @@ def _motion(rng: np.random.Generator, actor: Actor, finite: bool) -> list[Word]:
         return _plain(_pick(rng, _STILL))
     verb = _pick(rng, _FINITE if finite else _PARTICIPLES)
     word = actor.direction
-    longer = (word, word, word, f"{word}wards", f"to the {word}" if word in ("left", "right") else f"{word}wards")
-    return _plain(f"{verb} {_pick(rng, longer)}")
+    longer = f"to the {word}" if word in ("left", "right") and rng.random() < 0.5 else f"{word}wards"
+    return _plain(f"{verb} {word if rng.random() < 0.8 else longer}")
 
 
 def _background(rng: np.random.Generator, name: str, leading: bool) -> list[Word]:
@@ -94,10 +94,10 @@ def compose(rng: np.random.Generator, scene: Scene) -> list[Word]:
         order.reverse()
     for position, number in enumerate(order):
         actor = scene.actors[number]
-        silent = len(order) == 1 and rng.random() < 0.04
+        silent = len(order) == 1 and rng.random() < 0.02
         motion = [] if silent else _motion(rng, actor, finite)
         objects += [*(_plain("and") if position else []), *_object(rng, actor, number), *motion]
-    if rng.random() < 0.04:
+    if rng.random() < 0.02:
         return objects
     leading = 0.8 < style
     background = _background(rng, scene.background, leading)

@@ -54,6 +54,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def flat_learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float = 0.2, floor: float = 0.02) -> float:
+    """Linear warm-up, constant, then linear to `floor * peak` over the last `decay` of the steps.
+
+    A run can be made longer later without having wasted a decay.
+    """
+    left = (steps - step) / (decay * steps)
+    return peak * min(1.0, (step + 1) / warmup, max(floor, left))
+
+
 class WeightAverage:
     """Exponential moving average of parameters, with a short memory at the start: decay = min(decay, (1+n)/(10+n))."""
 

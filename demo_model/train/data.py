@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SHARD = 200
 STATISTICS_SHARDS = 4  # latents_mean and latents_std come from the first 800 clips
-DOUBLES, STILL_SHARE = 0.12, 0.06
+DOUBLES, STILL_SHARE = 0.06, 0.04
 DATA_SEED = 1
 
 

@@ -74,10 +74,6 @@ def signed_distance(shape: str, radius: float, x: np.ndarray, y: np.ndarray) -> 
     if shape == "triangle":  # upright; its centroid lies 0.34 r below the box's centre
         y = y - 0.34 * radius
         return np.maximum(y, 0.8660254 * np.abs(x) - 0.5 * y) - 0.68 * radius
-    if shape == "cross":
-        bar = 0.34 * radius
-        x, y = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(x - radius, y - bar), np.maximum(x - bar, y - radius))
     raise ValueError(f"shape {shape!r} is not one of {SHAPES}")
 
 
