@@ -101,7 +101,7 @@ def grade_clip(clip: np.ndarray) -> Seen:
     return Seen(name, color, shape, next(key for key, value in DIRECTIONS.items() if value == axis))
 
 
-class _Watch:
+class Watch:
     """Cross-attention weights of the conditional passes, summed over blocks, heads and the chosen steps."""
 
     def __init__(self, pipeline: WanPipeline) -> None:
@@ -130,7 +130,7 @@ class _Watch:
 
 @torch.no_grad()
 def generate(
-    pipeline: WanPipeline, items: list[HeldOut], guidance: float, steps: int, watch: _Watch | None
+    pipeline: WanPipeline, items: list[HeldOut], guidance: float, steps: int, watch: Watch | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Clips `[B, 17, 96, 96, 3]` uint8, and the mean attention over the middle half of the steps `[B, 180, 512]`.
 
@@ -198,7 +198,7 @@ def word_iou(attention: np.ndarray, column: int, real: slice, clip: np.ndarray) 
 def grade_model(model: str, guidance: float, steps: int, limit: int | None, batch: int) -> tuple[dict[str, Any], np.ndarray]:
     """Grades of the held-out captions: shares right, attention IoU, every clip's result; and the clips."""
     pipeline = WanPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    watch = _Watch(pipeline)
+    watch = Watch(pipeline)
     items = held_out()[:limit]
     clips, rows = [], []
     for start in range(0, len(items), batch):

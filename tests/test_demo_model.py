@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
 from demo_model.build import MODEL_MAX_LENGTH, ModelSizes, build, build_tokenizer, build_vae
-from demo_model.grade import Seen, grade_clip, word_iou
+from demo_model.grade import Seen, Watch, generate, grade_clip, word_iou
 from demo_model.train import captions, common, data, vae, vae_sequence, world
 from demo_model.train.denoiser import Denoiser
 from demo_model.train.muon import orthogonalize
@@ -212,10 +212,30 @@ def test_demo_preview_loads() -> None:
     assert isinstance(coefficients, LatentRGB) and coefficients.weights.shape == (16, 3)
 
 
-def test_captured_subjects_follow_the_words() -> None:
-    rng: Any = np.random.default_rng(0)
-    words = captions.compose(rng, world.single_scene(rng, ("red", "circle", "blue", "left")))
-    _, subjects = captions.tokens_of(words)
-    by_word = dict(zip([word for word, _ in words], subjects, strict=False))
-    assert by_word["red"] == by_word["circle"] == 0
-    assert by_word["blue"] == captions.BACKGROUND
+def test_subjects_follow_the_words() -> None:
+    scene = world.single_scene(np.random.default_rng(0), ("red", "circle", "blue", "left"))
+    texts = [captions.compose(np.random.default_rng(seed), scene) for seed in range(40)]
+    said = [words for words in texts if "blue" in dict(words)]
+    assert len({captions.text_of(words) for words in texts}) > 20 and len(said) > 30
+    for words in said:
+        ids, subjects = captions.tokens_of(words)
+        assert len(ids) == len(words) + 1
+        by_word = dict(zip([word for word, _ in words], subjects, strict=False))
+        assert by_word["red"] == by_word["circle"] == 0
+        assert by_word["blue"] == captions.BACKGROUND
+
+
+def test_generated_clips_show_what_was_asked() -> None:
+    """The whole pipeline in diffusers: two seeds of one caption; colours, and attention on the object."""
+    pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    item = captions.HeldOut("a green square moving up on a white background", 1, "green", "square", "white", "up")
+    items = [item, dataclasses.replace(item, seed=2)]
+    clips, attention = generate(pipeline, items, guidance=4.0, steps=12, watch=Watch(pipeline))
+    assert attention is not None
+    tokens = pipeline.tokenizer(item.caption).input_ids
+    place = tokens.index(pipeline.tokenizer("square").input_ids[0])
+    for clip, weights in zip(clips, attention, strict=True):
+        seen = grade_clip(clip)
+        assert (seen.background, seen.color) == ("white", "green")
+        assert word_iou(weights, place, slice(0, len(tokens)), clip) > 0.4
+    assert np.abs(clips[0].astype(int) - clips[1]).mean() > 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -106,8 +107,8 @@ def encode_shard(vae: AutoencoderKLWan, first: int, where: torch.device) -> tupl
     return np.concatenate(latents), masks
 
 
-def prepare(folder: Path, clips: int) -> None:
-    """Encode whatever shards are missing in `folder/latents`."""
+def prepare(folder: Path, clips: int, backwards: bool = False) -> None:
+    """Encode whatever shards are missing in `folder/latents`; a second process may work `backwards` beside the first."""
     state = common.load_checkpoint(folder / "vae_final.pt")
     if state is None:
         raise SystemExit(f"{folder}/vae_final.pt is missing; run: python -m demo_model.train.vae --work_dir {folder}")
@@ -118,12 +119,13 @@ def prepare(folder: Path, clips: int) -> None:
     channels_last(vae)
     target = folder / "latents"
     target.mkdir(exist_ok=True)
-    for number in tqdm(range(clips // SHARD), desc="encode shards", mininterval=10):
+    numbers = range(clips // SHARD)[:: -1 if backwards else 1]
+    for number in tqdm(numbers, desc="encode shards", mininterval=10):
         path = target / f"shard_{number:04d}.npz"
         if path.exists():
             continue
         latents, masks = encode_shard(vae, number * SHARD, where)
-        temporary = target / "writing.npz"
+        temporary = target / f"writing_{os.getpid()}.npz"
         np.savez(temporary, latents=latents, masks=masks)
         temporary.replace(path)
 
@@ -133,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--work_dir", type=Path, default=common.WORK_DIR)
+    parser.add_argument("--backwards", action="store_true", help="from the last shard on, as a second process")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
-    prepare(common.work_dir(args.work_dir), args.clips)
+    prepare(common.work_dir(args.work_dir), args.clips, args.backwards)
 
 
 if __name__ == "__main__":
