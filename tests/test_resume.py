@@ -53,6 +53,7 @@ class Zygote:
         argv = ["--input_dir", str(self.source), "--output_dir", str(folder), "--num_inference_steps", str(steps_of(flags))]
         argv += ["--checkpoint_every", "1", *flags]
         assert self.process.stdin is not None
+        self.log(folder).write_text("")  # the child may be slower than a reader
         print(json.dumps({"argv": argv, "log": str(self.log(folder))}), file=self.process.stdin, flush=True)
         return self._read()
 
@@ -246,6 +247,7 @@ def test_signal_while_denoising(zygote: Zygote, uninterrupted: Path, tmp_path: P
     folder = tmp_path / "run"
     pid = zygote.start(folder, "--checkpoint_every", "0")
     while "denoising:" not in zygote.log(folder).read_text():
+        assert running(pid), zygote.log(folder).read_text()
         time.sleep(0.005)
     time.sleep(0.05)  # the bar is drawn just before signals are held back
     os.kill(pid, signum)
