@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from jax.sharding import Mesh
 from torchax.interop import jax_view, torch_view
 
+from custom_splash_attention import HEAD_DIMS
 from wan_common.attention import (
     AttentionOptions,
     Prepare,
@@ -373,7 +374,11 @@ def build_denoiser(
         permute_rows=lambda name: permutation if re.search(r"\.attn1\.(to|norm)_[qk]\.", name) else None,
     )  # fmt: skip
     shards = mesh.shape["sp"] * mesh.shape["tp"]
-    processor = AttentionProcessor(options or AttentionOptions(), mesh, tokens)
+    options = options or AttentionOptions()
+    if options.kernel == "splash" and cfg.attention_head_dim not in HEAD_DIMS:
+        logger.info("head_dim %d: XLA's attention runs; the kernel is made for %s", cfg.attention_head_dim, HEAD_DIMS)
+        options = dataclasses.replace(options, kernel="xla", block_q=None, block_kv=None, block_kv_compute=None)
+    processor = AttentionProcessor(options, mesh, tokens)
     block = model.blocks[0]
     block.attn1.set_processor(processor)
     block.attn2.set_processor(processor)
