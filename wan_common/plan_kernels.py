@@ -69,7 +69,7 @@ def _compile_apart(request: dict) -> int:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         if done.returncode:
             raise KernelCompileError(f"norm_rope for {request['chip']}: {done.stderr.strip().splitlines()[-1][:400]}")
-        for path in Path(dump).glob("*norm_rope*schedule-analysis_final_bundles.txt"):
+        for path in Path(dump).glob(f"*-{'norm_rope' if request['rotate'] else 'norm'}.*schedule-analysis_final_bundles.txt"):
             found = re.search(r"([\d.]+) scheduled bundles \(100", path.read_text())
             if found:
                 return round(float(found.group(1)))
