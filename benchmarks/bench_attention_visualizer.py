@@ -21,7 +21,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from wan_common.attention_maps import AttentionSettings, AttentionWriter, ClipInfo, latent_frame_of, select_targets
+from wan_common.attention_maps import AttentionSettings, AttentionWriter, ClipInfo, select_targets
+from wan_common.latents import latent_frame_of
 from wan_common.video import write_video
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,12 +17,11 @@ from wan_common.attention_maps import (
     AttentionWriter,
     ClipInfo,
     frame_map,
-    latent_frame_of,
     pool_mean,
     select_targets,
-    video_frames_of,
 )
 from wan_common.errors import ArtifactError, NumericalError, UsageError
+from wan_common.latents import latent_frame_of, video_frames_of
 
 # The user guide's metadata fields, all of them.
 PUBLISHED = {

@@ -18,9 +18,10 @@ from PIL import Image
 import visualize_attention
 from wan_common import attention_canvas
 from wan_common.attention_canvas import Canvas, blend, colour_table, printable
-from wan_common.attention_maps import AttentionAnalyzer, AttentionSettings, VisualizationParams, latent_frame_of
+from wan_common.attention_maps import AttentionAnalyzer, AttentionSettings, VisualizationParams
 from wan_common.attention_visualizer import AttentionVisualizer, _Histogram, robust_range, visualize_run
 from wan_common.errors import ArtifactError, NumericalError, UsageError, run_command
+from wan_common.latents import latent_frame_of
 from wan_common.video import probe, read_video, write_video
 
 GRAY = 90

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import AutoTokenizer
 
 from wan_common.errors import ArtifactError, UsageError
-from wan_common.prompts import Prompt, parse_prompt, words_of
+from wan_common.prompts import Prompt, parse_prompt, spread_bytes, words_of
 from wan_common.text_encoder import tokenize
 
 
@@ -125,3 +126,28 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(ArtifactError, match="no usable tokenizer"):
         tokenize(tmp_path, [Prompt("a")], 8)
+
+
+def test_byte_pieces_get_their_own_characters(demo_model: Path) -> None:
+    """The demo tokenizer spells Chinese in bytes and gives each the span of the whole run; a mark must not take the neighbours."""
+    prompt = parse_prompt("a (红色)圆形 in é (東)京")
+    tokens = tokenize(demo_model, [prompt], 64)
+    by_word = {entry["word"]: entry for entry in tokens.words[0]}
+    pieces = AutoTokenizer.from_pretrained(demo_model / "tokenizer").convert_ids_to_tokens(tokens.ids[0])
+    for word in ("红色", "圆", "形", "東", "京", "é"):
+        spelled = bytes(int(pieces[i][3:5], 16) for i in by_word[word]["tokens"] if pieces[i].startswith("<0x"))
+        assert spelled.decode() == word
+    assert [e["word"] for e in tokens.words[0] if e["target"]] == ["红色", "東"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "offsets", "wanted"),
+    [
+        (["▁a", "<0xC3>", "<0xA9>"], [(0, 1), (1, 2), (1, 2)], [(0, 1), (1, 2), (1, 2)]),
+        (["<0xC3>", "<0xA9>", "<0xC3>", "<0xA9>"], [(3, 5)] * 4, [(3, 4), (3, 4), (4, 5), (4, 5)]),
+        (["<0xC3>", "<0xA9>", "<0xC3>"], [(3, 5)] * 3, [(3, 5)] * 3),  # cut in the middle of a character
+        (["<0xC3>", "<0xA9>"], [(0, 4)] * 2, [(0, 4)] * 2),  # normalisation made four characters one
+    ],
+)
+def test_spread_bytes(pieces: list[str], offsets: list[tuple[int, int]], wanted: list[tuple[int, int]]) -> None:
+    assert spread_bytes(pieces, offsets) == wanted

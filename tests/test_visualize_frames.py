@@ -24,6 +24,7 @@ from wan_common import frame_debug, frame_views
 from wan_common.errors import ArtifactError, run_command
 from wan_common.frame_figures import SIGMA_BAR, PanelFigure, value_bar
 from wan_common.latent_rgb import latents_to_rgb, load_latent_rgb
+from wan_common.latents import latent_frame_of
 from wan_common.scheduler import advance, initial_state, load_scheduler, step_table
 from wan_common.step_latents import (
     DTYPES,
@@ -508,7 +509,7 @@ def test_all_frames_are_drawn(tmp_path: Path) -> None:
     folder = tmp_path / "views" / "frame_debug"
     noise = [(folder / f"noise_t999_frame{i}.png").read_bytes() for i in range(FRAMES)]
     assert [noise.index(picture) for picture in noise] == [0, 1, 1, 1, 1, 5, 5, 5, 5]  # one picture a latent frame
-    assert [frame_views.latent_frame(i) for i in range(FRAMES)] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert [latent_frame_of(i) for i in range(FRAMES)] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_several_seeds_side_by_side(run: Path, tmp_path: Path) -> None:

@@ -912,13 +912,3 @@ def frame_map(loaded: AttentionMap, block: int | None = None, head: int | None =
         elif index is not None:
             raise UsageError(f"--{name} {index}: the maps are means over {name}s; store them apart with store_per_{name}: true")
     return values
-
-
-def video_frames_of(latent_frame: int) -> range:
-    """Video frames of a latent frame: 0 -> 0; p -> 4p-3..4p (the VAE is causal in time and compresses by 4)."""
-    return range(1) if latent_frame == 0 else range(4 * latent_frame - 3, 4 * latent_frame + 1)
-
-
-def latent_frame_of(video_frame: int) -> int:
-    """The inverse of :func:`video_frames_of`."""
-    return (video_frame + 3) // 4

@@ -43,10 +43,9 @@ from wan_common.attention_maps import (
     AttentionMetadata,
     VisualizationParams,
     frame_map,
-    latent_frame_of,
-    video_frames_of,
 )
 from wan_common.errors import ArtifactError, UsageError
+from wan_common.latents import latent_frame_of, video_frames_of
 from wan_common.video import VideoWriter, probe, read_video
 
 if TYPE_CHECKING:

@@ -114,7 +114,7 @@ class DenoiseOptions:
     step_latents_dtype: str = option("float16", "dtype of the step latents", choices=("float16", "bfloat16"))
     preview_every: int = option(0, "write preview.png every N steps; 0: never")
     store_attention: bool = option(False, "store cross-attention maps of the targets")
-    attention_tokens: tuple[str, ...] = option((), "words whose maps to store, instead of the marked ones", many=True)
+    attention_tokens: tuple[str, ...] = option((), "words whose maps to store, besides the marked ones (neither: all words)", many=True)
 
 
 @dataclasses.dataclass(frozen=True)

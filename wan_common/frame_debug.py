@@ -26,11 +26,11 @@ from wan_common.frame_views import (
     Pictures,
     entries,
     evenly,
-    latent_frame,
     measure,
     tensor_stats,
     write_png,
 )
+from wan_common.latents import latent_frame_of
 from wan_common.step_latents import BackgroundWriter, StepLatents
 from wan_common.video import VideoWriter
 
@@ -189,7 +189,7 @@ class _View:
         self._grid = figure([f"frame {i}" for i in self._together]) if several else None
         groups: dict[int, list[int]] = {}
         for i in frames:
-            groups.setdefault(latent_frame(i) if shared else i, []).append(i)
+            groups.setdefault(latent_frame_of(i) if shared else i, []).append(i)
         self._groups = list(groups.values())
 
     def show(self, entry: Entry, pictures: Pictures, tensor: str | None) -> None:
@@ -274,7 +274,7 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
         return PanelFigure(IMAGE_SIZE, titles, SIGMA_BAR, (8 * width, 8 * height), PIXEL_AXES)
 
     def noise_caption(group: Sequence[int]) -> str:
-        planes = sorted({latent_frame(i) for i in group})
+        planes = sorted({latent_frame_of(i) for i in group})
         where = f"latent frame {planes[0]} ({_span(group)})" if len(planes) == 1 else _span(group)
         return f"x: latent channel {options.channel}, {where}"
 
@@ -304,7 +304,7 @@ def draw_clip(clip: StepLatents, decoder: Decoder, options: ViewOptions, output_
         predictions = _View("predicted_x0", image_figure, frames, shared, lambda g: f"predicted x0 {by}, {_span(g)}", folder)
         for number, entry in enumerate(tqdm(entries(clip), total=count, desc=f"{clip.directory.name}: drawing", unit="step")):
             x = decoder.frames(entry.x, needed)
-            noise.show(entry, {i: entry.x[0, options.channel, latent_frame(i)] for i in frames}, "latents")
+            noise.show(entry, {i: entry.x[0, options.channel, latent_frame_of(i)] for i in frames}, "latents")
             images.show(entry, x, None)
             x0 = {} if entry.x0 is None else decoder.frames(entry.x0, needed)
             if x0:

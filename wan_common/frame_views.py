@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from wan_common.atomic import atomic_path
 from wan_common.latent_rgb import latents_to_rgb
+from wan_common.latents import latent_frame_of
 from wan_common.step_latents import INITIAL_NOISE, Step, StepLatents
 
 logger = logging.getLogger("frame_views")
@@ -39,11 +40,6 @@ class Decoder:
     frames: Callable[[np.ndarray, Sequence[int]], Pictures]
 
 
-def latent_frame(video_frame: int) -> int:
-    """The latent frame that holds ``video_frame`` (Wan's causal VAE: 1, then 4 video frames a latent frame)."""
-    return (video_frame + 3) // 4
-
-
 def rgb_decoder(coefficients: Any) -> Decoder:
     """Linear preview by ``coefficients`` (``latent_rgb.load_latent_rgb``), 1/8 of the video's size, no VAE.
 
@@ -51,12 +47,12 @@ def rgb_decoder(coefficients: Any) -> Decoder:
     """
 
     def frames(latents: np.ndarray, wanted: Sequence[int]) -> Pictures:
-        kept = sorted({latent_frame(i) for i in wanted})
+        kept = sorted({latent_frame_of(i) for i in wanted})
         part = latents[0][:, kept].astype(np.float32)
         finite = np.isfinite(part)
         pictures = latents_to_rgb(np.where(finite, part, 0), coefficients)
         pictures[~finite.all(axis=0)] = BAD
-        return {i: pictures[kept.index(latent_frame(i))] for i in wanted}
+        return {i: pictures[kept.index(latent_frame_of(i))] for i in wanted}
 
     return Decoder("rgb", frames)
 
@@ -68,7 +64,7 @@ def vae_decoder(vae: Any) -> Decoder:
     """
 
     def frames(latents: np.ndarray, wanted: Sequence[int]) -> Pictures:
-        last = latent_frame(max(wanted))
+        last = latent_frame_of(max(wanted))
         part = np.ascontiguousarray(latents[:, :, : last + 1], dtype=np.float32)
         if not np.isfinite(part).all():
             height, width = 8 * latents.shape[3], 8 * latents.shape[4]

@@ -23,6 +23,16 @@ def draw_noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32).numpy()
 
 
+def video_frames_of(latent_frame: int) -> range:
+    """Video frames of a latent frame: 0 -> 0; p -> 4p-3..4p (the VAE is causal in time and compresses by 4)."""
+    return range(1) if latent_frame == 0 else range(4 * latent_frame - 3, 4 * latent_frame + 1)
+
+
+def latent_frame_of(video_frame: int) -> int:
+    """The inverse of :func:`video_frames_of`."""
+    return (video_frame + 3) // 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Latents:
     """One clip's final latents.

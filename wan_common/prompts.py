@@ -14,6 +14,7 @@ logger = logging.getLogger("prompt")
 # A word: letters and digits, joined by apostrophes or hyphens. Scripts written without spaces give one word a character.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’-][^\W{_UNSPACED}]+)*")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,32 @@ def words_of(prompt: Prompt) -> list[tuple[tuple[int, int], bool]]:
         if not any(a < end and start < b for start, end in prompt.targets):
             words.append(((a, b), False))
     return sorted(words)
+
+
+def spread_bytes(pieces: list[str], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Give each byte piece (``<0xE7>``) the span of its own character.
+
+    Tokenizers spell what they do not know in UTF-8 bytes, and give all bytes of a run the span of the whole run: a marked
+    character would take its neighbours with it. A run whose normalised text has another length than its span stays.
+    """
+    spread = list(offsets)
+    is_byte = [_BYTE.fullmatch(piece) is not None for piece in pieces]
+    first = 0
+    while first < len(pieces):
+        last = first + 1
+        if is_byte[first]:
+            while last < len(pieces) and is_byte[last] and offsets[last] == offsets[first]:
+                last += 1
+            begin, end = offsets[first]
+            try:
+                text = bytes(int(piece[3:5], 16) for piece in pieces[first:last]).decode()
+            except UnicodeDecodeError:  # cut at the encoder's length
+                text = ""
+            if len(text) == end - begin:
+                of_character = [begin + i for i, char in enumerate(text) for _ in char.encode()]
+                spread[first:last] = [(i, i + 1) for i in of_character]
+        first = last
+    return spread
 
 
 def token_words(prompt: Prompt, offsets: list[tuple[int, int]], num_tokens: int) -> list[dict[str, Any]]:

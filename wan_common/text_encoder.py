@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from wan_common import pytrees  # noqa: F401 - registers the outputs of transformers models
 from wan_common.errors import ArtifactError, NumericalError
-from wan_common.prompts import Prompt, token_words
+from wan_common.prompts import Prompt, spread_bytes, token_words
 from wan_common.sharding import TEXT_ENCODER_RULES, constrain, input_sharding
 from wan_common.torchax_bridge import (
     Params,
@@ -159,7 +159,8 @@ def tokenize(model_dir: Path, prompts: list[Prompt], max_sequence_length: int) -
     lengths = np.array([sum(mask) for mask in batch["attention_mask"]])
     words = []
     for row, prompt in enumerate(prompts):
-        offsets = batch["offset_mapping"][row]
+        pieces = tokenizer.convert_ids_to_tokens(batch["input_ids"][row])
+        offsets = spread_bytes(list(pieces), [(a, b) for a, b in batch["offset_mapping"][row]])
         whole = len(tokenizer(prompt.text)["input_ids"])
         if whole > max_sequence_length:
             kept = max((b for _, b in offsets[: lengths[row] - 1]), default=0)
