@@ -68,8 +68,8 @@ def forward(
     text: Tensor,
     lengths: Tensor,
     block_function: Callable[..., tuple[Tensor, Tensor]] = block_forward,
-) -> tuple[Tensor, Tensor]:
-    """Velocity and attention maps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Velocity, attention maps and what the first half of the blocks leaves.
 
     Args:
         model: The stock model; only its weights and layers are used.
@@ -80,8 +80,8 @@ def forward(
         block_function: `block_forward`, or a compiled version of it.
 
     Returns:
-        Velocity `[B, 16, F, h, w]` and the mean over blocks and heads of the cross-attention weights
-        `[B, tokens, L + 1]`, whose last column is the padding's total.
+        Velocity `[B, 16, F, h, w]`; the mean over blocks and heads of the cross-attention weights `[B, tokens, L + 1]`,
+        whose last column is the padding's total; hidden states `[B, tokens, dim]` after half of the blocks.
     """
     batch, _, frames, height, width = latents.shape
     cos, sin = model.rope(latents)
@@ -100,11 +100,14 @@ def forward(
     text = embedder.text_embedder(text)
 
     attention: Tensor | float = 0.0
-    for block in model.blocks:
+    middle = x
+    for number, block in enumerate(model.blocks, 1):
         x, weights = block_function(block, x, projected, text, bias, cos, sin)
         attention = attention + weights
+        if number == len(model.blocks) // 2:
+            middle = x
     shift, scale = (model.scale_shift_table + time.float().unsqueeze(1)).chunk(2, 1)
     x = model.proj_out(model.norm_out(x) * (1 + scale) + shift).float()
     x = x.view(batch, frames, height // 2, width // 2, 1, 2, 2, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
     assert isinstance(attention, Tensor)
-    return x.reshape(batch, -1, frames, height, width), attention / len(model.blocks)
+    return x.reshape(batch, -1, frames, height, width), attention / len(model.blocks), middle
