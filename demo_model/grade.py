@@ -178,7 +178,11 @@ def word_iou(attention: np.ndarray, column: int, real: slice, clip: np.ndarray) 
         real: Token positions that count as real.
         clip: `[17, 96, 96, 3]` uint8.
     """
-    share = (attention[:, column] / attention[:, real].sum(-1)).reshape(5, 6, 6)
+    return map_iou((attention[:, column] / attention[:, real].sum(-1)).reshape(5, 6, 6), clip)
+
+
+def map_iou(share: np.ndarray, clip: np.ndarray) -> float:
+    """:func:`word_iou` of a map `[5, 6, 6]`."""
     _, masks = object_masks(clip)
     values = []
     for p in range(5):

@@ -114,11 +114,11 @@ def test_one_weighted_padded_key_equals_five_hundred() -> None:
         short[row, : len(ids)] = full[row, : len(ids)] = torch.tensor(ids)
     latents, time = torch.randn(2, 16, 3, 4, 6), torch.tensor([700.0, 300.0])
     with torch.no_grad():
-        velocity, attention = model(short, lengths, latents, time)
+        velocity, attention, places = model(short, lengths, latents, time)
         mask = (torch.arange(512)[None] < lengths[:, None]).long()
         text = model.text_encoder(full, mask).last_hidden_state * mask[..., None]
         expected = model.transformer(latents, time, text, return_dict=False)[0]
-    assert expected.std() > 0.1
+    assert expected.std() > 0.1 and places.shape == (2, 18, 17)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 18), rtol=1e-4, atol=1e-4)
 
