@@ -137,9 +137,12 @@ def plan_and_print(request: Request, stages: tuple[str, ...] | None, use_cache: 
         if found is None:
             print("No larger slice of this chip that is planned for fits it either.")
             continue
-        where, other = found
-        print(f"It fits {where.name} as {other.mesh}: {gib(other.hbm_peak_bytes)} of {gib(other.hbm_capacity_bytes)} GiB (compiled too).")
-        stage["fits_on"] = {"topology": where.name, "mesh": other.mesh, "hbm_peak_bytes": other.hbm_peak_bytes}
+        retry, other = found
+        where = retry.topology.name + (" with --use_fsdp" if not request.fsdp else "")
+        print(f"It fits {where} as {other.mesh}: {gib(other.hbm_peak_bytes)} of {gib(other.hbm_capacity_bytes)} GiB (compiled too).")
+        stage["fits_on"] = {
+            "topology": retry.topology.name, "mesh": other.mesh, "fsdp": retry.fsdp, "hbm_peak_bytes": other.hbm_peak_bytes,
+        }  # fmt: skip
     return result
 
 

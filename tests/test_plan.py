@@ -14,7 +14,7 @@ from conftest import run_script
 from wan_common.errors import ArtifactError, UsageError
 from wan_common.hlo import Collective, Kernel, expensive, parse, replica_groups, schedule, total
 from wan_common.mesh import MeshShape
-from wan_common.plan import Request, assumptions, clip_seconds, count_flops, needed_bytes, program_key
+from wan_common.plan import Request, StagePlan, assumptions, clip_seconds, count_flops, needed_bytes, program_key
 from wan_common.plan_model import model_configs
 from wan_common.published import PUBLISHED, WAN_14B
 from wan_common.tpu_topology import Network, known_names, larger, topology
@@ -205,11 +205,51 @@ def test_the_compilers_refusal_is_read() -> None:
     assert needed_bytes("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm. Exceeded by 9.25G.") == int(40.5 * 2**30)
 
 
+def stage_plan(request: Request, gib: float, capacity: float = 31.25) -> StagePlan:
+    return StagePlan(
+        mesh=str(request.mesh_shape), hbm_args_bytes=0, hbm_temp_bytes=0, hbm_peak_bytes=int(gib * 2**30),
+        hbm_capacity_bytes=int(capacity * 2**30), fits=gib <= capacity, flops=1e15, predicted_seconds=1.0 if gib <= capacity else None,
+        lower_seconds=1.0, compile_seconds=1.0, collectives={}, fusion_cycles=1, kernel_seconds={}, collective_seconds=0.0,
+        exposed_collective_seconds=0.0, error="" if gib <= capacity else f"Used {gib}G of {capacity}G hbm.",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "single", "wanted"),
+    [
+        ((), 200.0, "It fits v6e-8 as dp 2 x sp 4 x tp 1: 25.00 of 31.25 GiB"),  # FSDP and a larger slice
+        (("--no-use_fsdp",), 90.0, "It fits v6e-4 with --use_fsdp as dp 2 x sp 2 x tp 1: 22.50 of 31.25 GiB"),
+        (("--tp", "4", "--dp", "1"), 60.0, "It fits v6e-4 as dp 2 x sp 2 x tp 1: 15.00 of 31.25 GiB"),
+        ((), 9000.0, "No larger slice of this chip that is planned for fits it either."),
+    ],
+)
+def test_what_does_not_fit_names_what_does(
+    flags: tuple[str, ...], single: float, wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes are given here; what is tested is which requests are tried, and what is said. ``single``: GiB on one device."""
+    import plan_tpu
+
+    def planned(request: Request, stage: str, use_cache: bool = True) -> StagePlan:
+        split = request.topology.devices if request.fsdp and request.mesh_shape.tp == 1 else 1
+        return stage_plan(request, single / split)
+
+    monkeypatch.setattr("wan_common.plan.fill_cache", lambda *args: None)
+    monkeypatch.setattr("wan_common.plan.plan_stage", planned)
+    command = ["--topology", "v6e-4", "--stages", "denoise_step", *flags]
+    plan_tpu.main(command)
+    said = capsys.readouterr().out
+    assert wanted in said and "denoise_step does not fit: it needs " in said and "of 31.25 GiB a device" in said
+    with pytest.raises(plan_tpu.DoesNotFit, match="denoise_step: does not fit v6e-4") as caught:
+        plan_tpu.main([*command, "--require_fit"])
+    assert caught.value.exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--topology", "v6e-7"), "no slice of that size"), (("--height", "100"), "multiple of 16"), (("--bqsize", "512"), "go together"),
-        (("--sp_num", "3"), "does not divide"), (("--store_attention", "-1"), "from 0 up"), (("--colour", "red"), "unrecognized"),
+        (("--sp_num", "3"), "does not divide"),
+        (("--dp", "2", "--no-use_dp"), "contradict each other"), (("--store_attention", "-1"), "from 0 up"), (("--colour", "red"), "unrecognized"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_usage_errors(flags: tuple[str, ...], message: str) -> None:

@@ -45,8 +45,10 @@ def choose_mesh_shape(
     less than the gathers and reductions of tensor parallelism, and norms are computed once).
 
     Raises:
-        UsageError: the sizes do not multiply to the number of devices, or dp does not divide the batch.
+        UsageError: the sizes do not multiply to the number of devices, dp does not divide the batch or contradicts ``use_dp``.
     """
+    if dp is not None and dp > 1 and not use_dp:
+        raise UsageError(f"--dp {dp} with --no-use_dp: they contradict each other; leave one of them out")
     if dp is None:
         dp = 2 if use_dp and batch % 2 == 0 and devices % 2 == 0 else 1
     for name, size in (("dp", dp), ("sp", sp), ("tp", tp)):

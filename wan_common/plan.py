@@ -426,14 +426,17 @@ def assumptions(request: Request) -> list[str]:
     ]  # fmt: skip
 
 
-def one_that_fits(request: Request, stage: str, failed: StagePlan, use_cache: bool = True) -> tuple[Topology, StagePlan] | None:
-    """The smallest larger slice of the same chip on which ``stage`` fits, by compiling it there; None if none does."""
-    for candidate in larger(request.topology):
-        share = request.topology.devices / candidate.devices
-        if failed.hbm_peak_bytes * share > candidate.hbm_bytes:
-            continue
-        retry = dataclasses.replace(request, topology=candidate, mesh=None)
+def one_that_fits(request: Request, stage: str, failed: StagePlan, use_cache: bool = True) -> tuple[Request, StagePlan] | None:
+    """The first request on which ``stage`` fits, by compiling it: this slice with the default mesh and FSDP, else larger ones."""
+    ours = dataclasses.replace(request, mesh=None, fsdp=True)
+    for candidate in (request.topology, *larger(request.topology)):
+        retry = dataclasses.replace(ours, topology=candidate)
+        if candidate == request.topology:
+            if stage == "vae_decode" or (request.fsdp and request.mesh_shape == retry.mesh_shape):
+                continue  # that is what failed
+        elif request.fsdp and failed.hbm_peak_bytes * request.topology.devices / candidate.devices > candidate.hbm_bytes:
+            continue  # not even when everything is split
         found = plan_stage(retry, stage, use_cache)
         if found.fits:
-            return candidate, found
+            return retry, found
     return None

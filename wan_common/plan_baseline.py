@@ -52,17 +52,48 @@ def _attention(mesh: Mesh, query: jax.Array, key: jax.Array, value: jax.Array) -
     return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, split))
 
 
+class _ComplexRope:
+    """Attention of a block, with the rotation of the model that was measured.
+
+    Seed 001 ran diffusers-tpu, whose RoPE multiplies complex numbers. Today's diffusers writes into ``out[..., 0::2]``: a
+    scatter under torchax, whose partitioning alone adds 40M cycles to a block (docs/LOG.md).
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        projected = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        q, k, v = (jax_view(x) for x in (query, key, value))
+        if rotary_emb is not None:
+            cos, sin = (jax_view(x).transpose(0, 2, 1, 3) for x in rotary_emb)
+            turn = jax.lax.complex(cos[..., 0::2].astype(jnp.float32), sin[..., 1::2].astype(jnp.float32))
+            q, k = _rotate(q, turn), _rotate(k, turn)
+        out = torch_view(_attention(self.mesh, q, k, v)).transpose(1, 2).flatten(2, 3).type_as(query)
+        return attn.to_out[0](out)
+
+
+def _rotate(x: jax.Array, turn: jax.Array) -> jax.Array:
+    """[B, H, S, D], pairs (2i, 2i + 1) as complex numbers times ``turn`` [1, 1, S, D / 2]."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * turn
+    return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
 def plain_program(
     config: dict[str, Any], mesh: Mesh, height: int, width: int, frames: int, text_length: int
 ) -> tuple[Any, tuple[Any, ...]]:
     """The jitted stock forward on a batch of two (guidance), and its abstract arguments; bf16."""
     model = meta_module(lambda: WanTransformer3DModel.from_config(config))
     env = torchax.tensor.Environment()
-
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch_view(_attention(mesh, *(jax_view(x) for x in (query, key, value))))
-
-    env.override_op_definition(torch.nn.functional.scaled_dot_product_attention, attention)
+    for block in model.blocks:
+        block.attn1.set_processor(_ComplexRope(mesh))
+        block.attn2.set_processor(_ComplexRope(mesh))
 
     def forward(params: dict[str, jax.Array], latents: jax.Array, timestep: jax.Array, embeds: jax.Array) -> jax.Array:
         with env, torch.no_grad():

@@ -1,6 +1,6 @@
 """Train the demo text encoder and transformer together, from scratch, by flow matching on cached latents.
 
-    nice -n 19 python -m demo_model.train.denoiser [--steps 5000] [--work_dir ~/.cache/wan_demo_training]
+    nice -n 19 python -m demo_model.train.denoiser [--steps 4000] [--work_dir ~/.cache/wan_demo_training]
 
 Resumes from its last checkpoint. A step of 24 clips takes 0.6 CPU seconds (bf16, compiled block; 1.8 uncompiled).
 x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0 at timestep 1000 sigma, sigmas are shifted
@@ -44,7 +44,7 @@ MAX_TOKENS = 24  # the longest caption has 23; one fixed length, so that one com
 class DenoiserTraining:
     """Options of the joint training."""
 
-    steps: int = 5000
+    steps: int = 4000
     clips: int = 6000
     first_clips: int = 1000  # the pool grows with the steps, so that training can start before all is encoded
     clips_per_step: float = 6.0
