@@ -249,7 +249,8 @@ def test_what_does_not_fit_names_what_does(
     [
         (("--topology", "v6e-7"), "no slice of that size"), (("--height", "100"), "multiple of 16"), (("--bqsize", "512"), "go together"),
         (("--sp_num", "3"), "does not divide"),
-        (("--dp", "2", "--no-use_dp"), "contradict each other"), (("--store_attention", "-1"), "from 0 up"), (("--colour", "red"), "unrecognized"),
+        (("--dp", "2", "--no-use_dp"), "contradict each other"),
+        (("--store_attention", "-1"), "from 0 up"), (("--colour", "red"), "unrecognized"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_usage_errors(flags: tuple[str, ...], message: str) -> None:

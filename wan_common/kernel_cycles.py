@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from wan_common.atomic import atomic_path
-from wan_common.errors import UsageError
+from wan_common.errors import UsageError, WanError
 
 logger = logging.getLogger("kernel_cycles")
 
@@ -72,7 +72,7 @@ CHIPS = {
 }
 
 
-class KernelCompileError(Exception):
+class KernelCompileError(WanError):
     """The TPU compiler refused the kernel (vector memory, an unsupported operation); the message is its first line."""
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_common.atomic import atomic_path
-from wan_common.errors import setup_logging
+from wan_common.errors import UsageError, setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, splash_cycles
 from wan_common.mesh import MeshShape, choose_mesh_shape
@@ -170,6 +170,12 @@ def _compile(request: Request, stage: str) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error).lower():
                 raise
+            if "of memory in memory space vmem" in str(error):
+                raise UsageError(
+                    f"{stage}: block sizes {request.blocks} overflow {request.topology.chip}'s vector memory "
+                    f"({str(error).splitlines()[0][:200]}); leave --bqsize, --bkvsize and --bkvcomputesize out, or take a row of "
+                    "plan_tpu.py --search_blocks"
+                ) from error
             # The compiler refuses programs that overflow the chip's memory; the message has the numbers.
             return Compiled("", {}, flops, lowered_at - begun, time.perf_counter() - compiling_at, str(error)[:2000])
     done = time.perf_counter()
