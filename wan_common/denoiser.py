@@ -187,8 +187,8 @@ class OnePassNorm(torch.nn.Module):
         """[..., features] in its dtype."""
         # The block hands over hidden_states.float(). Cast back (exactly) behind a barrier, or XLA writes the fp32 copy to
         # memory for all its users: 2.2M cycles.
-        y = jax.lax.optimization_barrier(jax_view(x).astype(self.dtype)).astype(jnp.float32)
-        shifted = y - y[..., :1]
+        y = jax.lax.optimization_barrier(jax_view(x).astype(self.dtype))
+        shifted = y.astype(jnp.float32) - y[..., :1].astype(jnp.float32)  # a slice of the fp32 values would be a user, too
         mean = shifted.mean(axis=-1, keepdims=True)
         variance = (shifted * shifted).mean(axis=-1, keepdims=True) - mean * mean
         out = (shifted - mean) * jax.lax.rsqrt(variance + self.eps)

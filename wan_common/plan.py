@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ from wan_common.atomic import atomic_path
 from wan_common.errors import UsageError, setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, splash_cycles
-from wan_common.mesh import MeshShape, choose_mesh_shape
+from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh
 from wan_common.plan_kernels import norm_rope_seconds
 from wan_common.published import ModelConfigs
 from wan_common.tpu_topology import LINKS, Network, Topology, describe, larger
@@ -43,7 +44,7 @@ SOURCES = {
     "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler", "../custom_splash_attention"),
     "vae_decode": ("vae",),
 }
-SHARED_SOURCES = ("mesh", "sharding", "torchax_bridge")
+SHARED_SOURCES = ("sharding", "torchax_bridge")
 SHORT_KEYS = 1024  # keys of one kernel call up to here are text, more are tokens
 
 
@@ -121,6 +122,7 @@ def program_key(request: Request, stage: str) -> str:
     key = {
         "schema": SCHEMA, "stage": stage, "config": config, "versions": versions, "libtpu_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
         **{name: fields[name] for name in relevant}, "mesh": str(request.mesh_shape) if stage != "vae_decode" else "",
+        "make_mesh": inspect.getsource(make_mesh),  # not the whole file: which mesh is the default does not decide a program
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
     extra = [*(["attention_maps"] if request.store_words else []), *(["plan_baseline"] if request.baseline else [])]
@@ -186,8 +188,6 @@ def _compile(request: Request, stage: str) -> Compiled:
 
 def stage_mesh(request: Request, stage: str) -> Mesh:
     """The mesh a stage runs on: the VAE splits the picture over all devices."""
-    from wan_common.mesh import make_mesh
-
     shape = MeshShape(sp=request.topology.devices) if stage == "vae_decode" else request.mesh_shape
     return make_mesh(shape, describe(request.topology))
 
