@@ -61,6 +61,7 @@ DPI = 100
 MAX_TILES = 6
 HEATMAP_ROWS = 480  # image tokens of a step's heat map are averaged to at most about so many rows
 VIDEO_QUALITY = 7  # of imageio's 0..10: the hard edges and captions stay clean at 2/3 of the size of 8
+VIDEO_PRESET = "veryfast"  # plots are flat: three quarters of the time went into x264's medium preset (docs/LOG.md)
 _TINY = 1e-9
 
 
@@ -379,7 +380,8 @@ class AttentionVisualizer:
         else:
             frames, rate = self._evolution(video_id, token_word, params.interpolation_steps), self.fps
         rate = fps or rate
-        with VideoWriter(output_path, rate, VIDEO_QUALITY, metadata={"prompt": self._prompt(video_id), "token": token_word}) as writer:
+        about = {"prompt": self._prompt(video_id), "token": token_word}
+        with VideoWriter(output_path, rate, VIDEO_QUALITY, VIDEO_PRESET, metadata=about) as writer:
             for index, (canvas, pictures, status) in enumerate(frames):
                 stamp = f"{index / rate:06.2f} s · " if include_timestamp else ""
                 writer.append(canvas.render(pictures, stamp + status))

@@ -32,6 +32,7 @@ class VideoWriter:
         path: the mp4 to write; its folder must exist.
         fps: frames a second.
         quality: imageio's 0..10.
+        preset: libx264's; "veryfast" takes about a third of the time of "medium" for plots, at the same quality scale.
         metadata: embedded as JSON in the mp4's ``comment`` tag; ``prompt`` also becomes the title.
 
     Raises:
@@ -39,10 +40,13 @@ class VideoWriter:
         ValueError: a frame of another size or dtype than the first.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float, quality: float = QUALITY, metadata: dict[str, Any] | None = None):
+    def __init__(
+        self, path: str | os.PathLike[str], fps: float, quality: float = QUALITY, preset: str = "medium",
+        metadata: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self.path = Path(path)
         self.frames = 0
-        self._fps, self._quality, self._metadata = fps, quality, metadata
+        self._fps, self._quality, self._preset, self._metadata = fps, quality, preset, metadata
         self._stack = contextlib.ExitStack()
         self._shape: tuple[int, ...] | None = None
 
@@ -51,7 +55,7 @@ class VideoWriter:
 
         temporary = self._stack.enter_context(atomic_path(self.path))
         # ffmpeg writes the moov atom at the end and then moves it to the front: players can start before the download ends.
-        params = ["-movflags", "+faststart+use_metadata_tags"]
+        params = ["-preset", self._preset, "-movflags", "+faststart+use_metadata_tags"]
         if self._metadata is not None:
             params += ["-metadata", f"comment={json.dumps(self._metadata, ensure_ascii=False)}"]
             if self._metadata.get("prompt"):
