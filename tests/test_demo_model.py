@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
+from demo_model import grade_run
 from demo_model.build import MODEL_MAX_LENGTH, ModelSizes, build, build_tokenizer, build_vae
 from demo_model.grade import Seen, Watch, generate, grade_clip, word_iou
 from demo_model.train import captions, common, data, vae, vae_sequence, world
@@ -226,7 +228,7 @@ def test_subjects_follow_the_words() -> None:
 
 
 def test_generated_clips_show_what_was_asked() -> None:
-    """The whole pipeline in diffusers: two seeds of one caption; colours, and attention on the object."""
+    """The whole pipeline in diffusers: two seeds of one held-out caption; all that it says, and attention on the object."""
     pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     item = captions.HeldOut("a green square moving up on a white background", 1, "green", "square", "white", "up")
     items = [item, dataclasses.replace(item, seed=2)]
@@ -236,6 +238,14 @@ def test_generated_clips_show_what_was_asked() -> None:
     place = tokens.index(pipeline.tokenizer("square").input_ids[0])
     for clip, weights in zip(clips, attention, strict=True):
         seen = grade_clip(clip)
-        assert (seen.background, seen.color) == ("white", "green")
+        assert seen == Seen("white", "green", "square", "up")
         assert word_iou(weights, place, slice(0, len(tokens)), clip) > 0.4
     assert np.abs(clips[0].astype(int) - clips[1]).mean() > 2
+
+
+def test_the_stages_show_what_was_asked(tmp_path: Path) -> None:
+    """The same through generate.py: what the mp4 files show, and the stored attention maps (demo_model/grade_run.py)."""
+    grade_run.main(["--limit", "3", "--output_dir", str(tmp_path / "run"), "--json", str(tmp_path / "grades.json")])
+    result = json.loads((tmp_path / "grades.json").read_text())
+    assert result["captions"] == 3 and result["mean_iou"] > 0.4
+    assert result["right"] == {"background": 1.0, "color": 1.0, "shape": 1.0, "direction": 1.0}, result["clips"]
