@@ -1,6 +1,6 @@
 """Does a clip show what its caption says? Plain image analysis that knows nothing of the model.
 
-    python -m demo_model.grade [--model_id demo_model] [--guidance 4 1] [--json docs/demo_model/grading.json]
+    python -m demo_model.grade [--model_id demo_model] [--guidance 2.5 1] [--json docs/demo_model/grading.json]
 
 Generates the 60 held-out captions with diffusers in float32 (17 frames at 96x96, 20 steps), measures background,
 colour, shape and direction of motion in the pixels, and how well the attention of the object's word covers the object.
@@ -242,7 +242,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_id", default="demo_model")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0, 1.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.5, 1.0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--limit", type=int, help="only the first captions")
     parser.add_argument("--batch", type=int, default=10)

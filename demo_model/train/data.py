@@ -9,7 +9,6 @@ are written one by one; a restart goes on with the first missing one.
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 import time
@@ -24,7 +23,6 @@ from demo_model.build import ModelSizes, build_vae
 from demo_model.train import common, vae_sequence, world
 from demo_model.train.captions import held_out
 from demo_model.train.vae import channels_last, to_unit
-from demo_model.words import BACKGROUND_COLORS, OBJECT_COLORS
 
 logger = logging.getLogger(__name__)
 
@@ -68,26 +66,6 @@ class Encoded:
             self.masks.append(masks)
         shard, row = divmod(index, SHARD)
         return self.latents[shard][row], self.masks[shard][row], training_scene(index, self.excluded)
-
-    @staticmethod
-    def swappable(clips: int) -> np.ndarray:
-        """Indices of :func:`swappable_clips` among the first ``clips``."""
-        return np.array(swappable_clips(clips))
-
-
-@functools.cache
-def swappable_clips(clips: int) -> tuple[int, ...]:
-    """Clips whose object has the colour of some background, over a background in the colour of some object.
-
-    Only in these does a caption say more than its set of words: the two colours could be the other way round.
-    """
-    excluded = _excluded()
-    scenes = (training_scene(index, excluded) for index in range(clips))
-    return tuple(
-        index
-        for index, scene in enumerate(scenes)
-        if scene.background in OBJECT_COLORS and any(actor.color in BACKGROUND_COLORS for actor in scene.actors)
-    )
 
 
 def _excluded() -> frozenset[world.Combination]:

@@ -45,11 +45,6 @@ class DenoiserTraining:
     """Options of the joint training."""
 
     steps: int = 4000
-    # Then "a blue square on green" must learn not to be "a green square on blue": in one clip of twenty the words leave the
-    # choice at all, so all five such held-out captions came out swapped. Those clips now make up a share of each batch.
-    binding_steps: int = 600
-    binding_share: float = 0.4
-    binding_lr: float = 0.3  # of the peak, falling to nothing
     clips: int = 6000
     first_clips: int = 1000  # the pool grows with the steps, so that training can start before all is encoded
     clips_per_step: float = 6.0
@@ -64,7 +59,6 @@ class DenoiserTraining:
     grounding_below: float = 0.95  # sigmas above show no object to ground on
     position_weight: float = 0.05
     average_decay: float = 0.999
-    binding_average_decay: float = 0.99
     report_every: int = 50
 
 
@@ -147,11 +141,7 @@ def make_batch(step: int, encoded: data.Encoded, options: DenoiserTraining) -> B
     """The batch of one step: a function of the seed and the step alone."""
     rng = np.random.default_rng([options.seed, 7, step])
     pool = min(options.clips, options.first_clips + int(step * options.clips_per_step))
-    chosen = rng.choice(pool, options.batch, replace=False)
-    if step >= options.steps:
-        ambiguous = rng.choice(encoded.swappable(options.clips), int(options.batch * options.binding_share), replace=False)
-        chosen[: len(ambiguous)] = ambiguous
-    clips = [encoded.clip(int(index)) for index in chosen]
+    clips = [encoded.clip(int(index)) for index in rng.choice(pool, options.batch, replace=False)]
     ids = np.zeros((options.batch, MAX_TOKENS), np.int64)
     lengths = np.ones(options.batch, np.int64)
     ids[:, 0] = 1
@@ -246,13 +236,9 @@ def train(options: DenoiserTraining, folder: Path, compile_model: bool) -> None:
 
     saved = time.monotonic()
     history: list[tuple[float, ...]] = []
-    total = options.steps + options.binding_steps
-    progress = tqdm(total=total, initial=step, desc="denoiser", mininterval=10)
-    while step < total:
+    progress = tqdm(total=options.steps, initial=step, desc="denoiser", mininterval=10)
+    while step < options.steps:
         rate = common.flat_learning_rate(step, options.steps, 1.0, options.warmup)
-        if step >= options.steps:
-            rate = options.binding_lr * (total - step) / options.binding_steps
-            average.decay = options.binding_average_decay
         muon.lr, adam.param_groups[0]["lr"] = rate * options.peak_lr, rate * options.adam_lr
         batch = to_device(make_batch(step, encoded, options), where)
         with torch.autocast(where.type, torch.bfloat16):
@@ -280,7 +266,7 @@ def train(options: DenoiserTraining, folder: Path, compile_model: bool) -> None:
         )
         step += 1
         progress.update()
-        if step % options.report_every == 0 or step == total:
+        if step % options.report_every == 0 or step == options.steps:
             names = ("loss", "loss_sigma_above_0.8", "loss_sigma_below_0.8", "grounding", "position", "pad_share", "gradient")
             means = np.mean(history[-options.report_every :], axis=0)
             values = {name: round(float(v), 4) for name, v in zip(names, means, strict=True)}
