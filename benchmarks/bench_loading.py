@@ -1,6 +1,6 @@
 """Loading a 1.3B-shaped transformer from several bf16 shards: ours beside WanTransformer3DModel.from_pretrained. Last line: JSON.
 
-  python benchmarks/bench_loading.py [--repeats 3] [--layers 30] [--folder DIR]
+  python -m benchmarks.bench_loading [--repeats 3] [--layers 30] [--folder DIR]
 
 Each load runs in a process of its own; the time is from the call to weights that are resident (every page touched). The peak is
 of the memory that is not backed by files (RssAnon, sampled every 5 ms), above the weights themselves.

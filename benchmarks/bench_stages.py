@@ -1,6 +1,6 @@
 """Stages beside diffusers, in one run on this machine: seconds, ratios (below 1: ours is faster), peak memory. Last line: JSON.
 
-  python benchmarks/bench_stages.py [--repeats 3] [--skip denoise vae memory]
+  python -m benchmarks.bench_stages [--repeats 3] [--skip denoise vae memory]
 
 - one denoising step of 4 blocks of the 1.3B shape, 1,280 tokens, batch 2, in fp32 and bf16, beside diffusers eager;
 - the published VAE's shape at 128x128, 13 frames, beside diffusers' vae.decode in fp32;

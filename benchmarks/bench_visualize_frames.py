@@ -1,6 +1,6 @@
 """Drawing a denoising, and what keeping it costs stage 2. Last line: JSON.
 
-  python benchmarks/bench_visualize_frames.py [--steps 50] [--repeats 3] [--skip figures writer draw memory overhead]
+  python -m benchmarks.bench_visualize_frames [--steps 50] [--repeats 3] [--skip figures writer draw memory overhead]
 
 - figures: one 10x10 picture by matplotlib alone (the ceiling's opposite), and by PanelFigure, and its PNG;
 - writer: how long StepLatentsWriter.step holds up the denoising at 720p, beside writing the same file in place;

@@ -1,8 +1,8 @@
 """Plan every listed configuration and mesh, and write the tables of docs/PLANNING.md.
 
-    python benchmarks/plan_matrix.py                    # everything that is not in the cache is compiled: hours on two cores
-    python benchmarks/plan_matrix.py --only v6e-8       # slices whose name starts so; the other rows come from the cache
-    python benchmarks/plan_matrix.py --cached           # compile nothing: only what the cache has
+    python -m benchmarks.plan_matrix                    # everything that is not in the cache is compiled: hours on two cores
+    python -m benchmarks.plan_matrix --only v6e-8       # slices whose name starts so; the other rows come from the cache
+    python -m benchmarks.plan_matrix --cached           # compile nothing: only what the cache has
 
 Configurations run one after the other, each program in this process; one that is interrupted loses one compilation.
 """
@@ -108,7 +108,7 @@ def mesh_rows(request: Request, compile_it: bool) -> list[str]:
     found.sort(key=lambda row: row[0])
     rows = []
     for n, (_, shape, plan) in enumerate(found):
-        marks = [*(["best"] if n == 0 and plan.fits else []), *(["default"] if shape == request.mesh_shape else [])]
+        marks = [*(["best"] if n == 0 and plan.fits and len(found) > 1 else []), *(["default"] if shape == request.mesh_shape else [])]
         cells = (title(request), str(shape), f"{plan.hbm_peak_bytes / GIB:.2f}" + ("" if plan.fits else " (does not fit)"),
                  seconds(plan.predicted_seconds), seconds(plan.exposed_collective_seconds), ", ".join(marks))  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
