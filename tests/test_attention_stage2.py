@@ -27,7 +27,7 @@ MAPS_ABSOLUTE = 1e-3  # fp32, a head of a block: 9.4e-6; averaged: 4.6e-6 on one
 MASS_ABSOLUTE = 1e-3  # 4.4e-6
 BF16_ABSOLUTE = 5e-3  # averaged over blocks and heads: 1.1e-4 in the first step; query and key are bf16 there
 FLOPS_RATIO = 1.25  # 1.05 with four words, at 180 image tokens and 512 text tokens
-STEPS, HEIGHT, WIDTH, FRAMES = 3, 64, 96, 5
+STEPS, HEIGHT, WIDTH, FRAMES, GUIDANCE = 3, 64, 96, 5, 5.0
 GRID = (2, 4, 6)
 PROMPT, NEGATIVE = "a (red) circle and a red skateboarder", "blurry red"
 VIDEO = "prompt_001_vid_001"
@@ -51,7 +51,7 @@ def run_stages(
         stage1_text_encoder.main([*common, "--prompt", prompt, "--negative_prompt", NEGATIVE])
     stage2_transformer.main([
         *common, "--input_dir", str(encoded or folder), "--config", str(config), "--height", str(HEIGHT), "--width", str(WIDTH), "--frames",
-        str(FRAMES), "--num_inference_steps", str(STEPS), "--seed", "3", *flags,
+        str(FRAMES), "--num_inference_steps", str(STEPS), "--guidance_scale", str(GUIDANCE), "--seed", "3", *flags,
     ])  # fmt: skip
     return AttentionAnalyzer(folder / "attention_maps")
 
@@ -78,7 +78,7 @@ def dense_weights(folder: Path) -> np.ndarray:
     prompt, negative = (torch.tensor(np.asarray(tensors[name], np.float32)) for name in ("prompt_embeds", "negative_prompt_embeds"))
     with torch.no_grad():
         pipe(
-            prompt_embeds=prompt, negative_prompt_embeds=negative, height=HEIGHT, width=WIDTH, num_frames=FRAMES, guidance_scale=5.0,
+            prompt_embeds=prompt, negative_prompt_embeds=negative, height=HEIGHT, width=WIDTH, num_frames=FRAMES, guidance_scale=GUIDANCE,
             num_inference_steps=STEPS, generator=torch.Generator("cpu").manual_seed(3), output_type="latent",
         )  # fmt: skip
     blocks = len(pipe.transformer.blocks)
