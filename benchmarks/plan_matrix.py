@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wan_common.atomic import write_text
 from wan_common.errors import run_command
 from wan_common.mesh import MeshShape
-from wan_common.plan import STAGES, Request, StagePlan, clip_seconds, plan_stage, program_file
+from wan_common.plan import STAGES, Request, StageCompileError, StagePlan, clip_seconds, plan_stage, program_file
 from wan_common.published import WAN_1_3B, WAN_14B, ModelConfigs
 from wan_common.tpu_topology import GIB, set_environment, topology
 
@@ -100,9 +100,14 @@ def tables(only: str | None, cached: bool) -> str:
 
 def mesh_rows(request: Request, compile_it: bool) -> list[str]:
     """The candidates of one configuration, fastest first; the default and the best are marked."""
-    found = []
+    found, failed = [], []
     for shape in candidates(request.topology.devices):
-        plan = planned(dataclasses.replace(request, mesh=shape), "denoise_step", compile_it)
+        try:
+            plan = planned(dataclasses.replace(request, mesh=shape), "denoise_step", compile_it)
+        except StageCompileError as error:
+            logger.warning("%s", error)
+            failed.append(f"| {title(request)} | {shape} | the compiler fails | - | - | |")
+            continue
         if plan:
             found.append((plan.predicted_seconds if plan.fits and plan.predicted_seconds else float("inf"), shape, plan))
     found.sort(key=lambda row: row[0])
@@ -112,7 +117,7 @@ def mesh_rows(request: Request, compile_it: bool) -> list[str]:
         cells = (title(request), str(shape), f"{plan.hbm_peak_bytes / GIB:.2f}" + ("" if plan.fits else " (does not fit)"),
                  seconds(plan.predicted_seconds), seconds(plan.exposed_collective_seconds), ", ".join(marks))  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
-    return rows
+    return rows + failed
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,17 @@ from conftest import run_script
 from wan_common.errors import ArtifactError, UsageError
 from wan_common.hlo import Collective, Kernel, expensive, parse, replica_groups, schedule, total
 from wan_common.mesh import MeshShape
-from wan_common.plan import Request, StagePlan, assumptions, clip_seconds, count_flops, needed_bytes, program_key
+from wan_common.plan import (
+    Request,
+    StageCompileError,
+    StagePlan,
+    assumptions,
+    clip_seconds,
+    compiled_stage,
+    count_flops,
+    needed_bytes,
+    program_key,
+)
 from wan_common.plan_model import model_configs
 from wan_common.published import PUBLISHED, WAN_14B
 from wan_common.tpu_topology import Network, known_names, larger, topology
@@ -212,6 +222,19 @@ def stage_plan(request: Request, gib: float, capacity: float = 31.25) -> StagePl
         lower_seconds=1.0, compile_seconds=1.0, collectives={}, fusion_cycles=1, kernel_seconds={}, collective_seconds=0.0,
         exposed_collective_seconds=0.0, error="" if gib <= capacity else f"Used {gib}G of {capacity}G hbm.",
     )  # fmt: skip
+
+
+def test_a_program_the_compiler_fails_on_names_mesh_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: Bitcast cannot have different shape sizes")
+
+    lowered = SimpleNamespace(compile=fails)
+    traced = SimpleNamespace(lower=lambda: lowered, jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
+    monkeypatch.setattr("wan_common.plan.stage_program", lambda *args: (SimpleNamespace(trace=lambda: traced), ()))
+    monkeypatch.setattr("wan_common.plan.stage_mesh", lambda *args: jax.sharding.Mesh(jax.devices()[:1], "x"))
+    request = Request(topology("v6e-16"), WAN_14B, 720, 1280, mesh=MeshShape(2, 4, 2))
+    with pytest.raises(StageCompileError, match=r"denoise_step on v6e-16 as dp 2 x sp 4 x tp 2: the TPU compiler fails.*Bitcast.*--sp_num"):
+        compiled_stage(request, "denoise_step", use_cache=False)
 
 
 @pytest.mark.parametrize(

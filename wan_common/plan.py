@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_common.atomic import atomic_path
-from wan_common.errors import UsageError, setup_logging
+from wan_common.errors import UsageError, WanError, setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, splash_cycles
 from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh
@@ -46,6 +46,10 @@ SOURCES = {
 }
 SHARED_SOURCES = ("sharding", "torchax_bridge")
 SHORT_KEYS = 1024  # keys of one kernel call up to here are text, more are tokens
+
+
+class StageCompileError(WanError):
+    """The TPU compiler fails on a program for another reason than memory (exit code 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,10 @@ def _compile(request: Request, stage: str) -> Compiled:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error).lower():
-                raise
+                raise StageCompileError(
+                    f"{stage} on {request.topology.name} as {request.mesh_shape}: the TPU compiler fails, and would on the slice: "
+                    f"{str(error).splitlines()[0][:300]}; choose another mesh (leave --dp, --sp_num and --tp out for the default)"
+                ) from error
             if "of memory in memory space vmem" in str(error):
                 raise UsageError(
                     f"{stage}: block sizes {request.blocks} overflow {request.topology.chip}'s vector memory "
