@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from demo_model.build import build_tokenizer
-from demo_model.train.world import STILL, Actor, Combination, Scene, all_combinations
+from demo_model.train.world import STILL, Actor, Combination, Scene, graded_combinations
 
 HELD_OUT_FILE = Path(__file__).resolve().parent.parent / "held_out_captions.json"
 NOTHING, BACKGROUND = -1, -2  # what a word speaks of, when it is no object; objects are 0, 1, ...
@@ -138,7 +138,7 @@ def choose_held_out(seed: int = 2026, count: int = 60) -> list[HeldOut]:
     """Draw the held-out list: the two sentences of the README first, the rest so that every value stays frequent."""
     rng = np.random.default_rng(seed)
     chosen: list[Combination] = [("red", "circle", "blue", "right"), ("green", "square", "white", "up")]
-    pool = [c for c in all_combinations() if c not in chosen]
+    pool = [c for c in graded_combinations() if c not in chosen]
     while len(chosen) < count:
         # Take the candidate whose values are rarest so far; ties are broken by the generator.
         order = rng.permutation(len(pool))

@@ -4,8 +4,9 @@
 
 Resumes from its last checkpoint. A step of 24 clips takes 0.6 CPU seconds (bf16, compiled block; 1.8 uncompiled).
 x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0 at timestep 1000 sigma, sigmas are shifted
-towards noise. One prompt in ten is the empty one, for classifier-free guidance. Two small losses help: the attention of an
-object's words should lie on the object (`grounding_weight`), and every token should know where it is (`position_weight`).
+towards noise. One prompt in ten is the empty one, for classifier-free guidance. Three small losses help: the attention of an
+object's words should lie on the object (`grounding_weight`); after half of the blocks every token should know where it is
+(`position_weight`) and whether an object will be there (`subject_weight`: in pure noise only the caption's direction tells).
 Wan has no absolute positions: its rotary embedding compares tokens, and in pure noise all look alike, so that "moving right"
 cannot become "left at first" before the noise has shown an object somewhere. The borders can be found in the noise itself
 (a token that looks for its right neighbour finds another one there); asked for, that takes 150 steps to learn, and
@@ -58,6 +59,7 @@ class DenoiserTraining:
     grounding_weight: float = 0.015
     grounding_below: float = 0.95  # sigmas above show no object to ground on
     position_weight: float = 0.05
+    subject_weight: float = 0.1
     average_decay: float = 0.999
     report_every: int = 50
 
@@ -70,11 +72,13 @@ class Denoiser(nn.Module):
         self.text_encoder: UMT5EncoderModel = build_text_encoder(sizes, build_tokenizer().get_vocab_size())
         self.transformer: WanTransformer3DModel = build_transformer(sizes)
         _initialise(self.transformer)
-        self.where = nn.Linear(sizes.dim, sum(GRID))  # for the position loss only; not exported
+        _initialise_text(self.text_encoder)
+        self.where = nn.Linear(sizes.dim, sum(GRID) + 1)  # for the position and subject losses only; not exported
         self.block_function = denoiser_forward.block_forward
 
     def forward(self, ids: Tensor, lengths: Tensor, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `denoiser_forward.forward`; `ids` is `[B, L]` int64. Last comes the logits of each token's place `[B, 180, 17]`."""
+        """See `denoiser_forward.forward`; `ids` is `[B, L]` int64. Last come each token's logits `[B, 180, 17 + 1]`: of its
+        time, row and column, and of the share of it that objects cover."""
         mask = (torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]).long()
         text = self.text_encoder(ids, mask).last_hidden_state
         velocity, attention, middle = denoiser_forward.forward(
@@ -113,13 +117,28 @@ def _initialise(model: WanTransformer3DModel) -> None:
         block.attn2.to_k.bias.copy_(-0.1 * direction)
 
 
+@torch.no_grad()
+def _initialise_text(model: UMT5EncoderModel) -> None:
+    """The heads of each layer start by looking at the next word, the previous one, the one after the next, and at all.
+
+    A colour's noun is its next word. Left to chance, the encoder stayed a bag of words (docs/LOG.md).
+    """
+    half = model.config.relative_attention_num_buckets // 2  # buckets: 0 itself, 1, 2, ... before; half + 1, half + 2, ... after
+    for block in model.encoder.block:
+        bias = block.layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
+        nn.init.zeros_(bias)
+        for head, bucket in zip(range(bias.shape[1]), (half + 1, 1, half + 2), strict=False):
+            bias[bucket, head] = 4.0
+
+
 def split_parameters(model: Denoiser) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden matrices for Muon, everything else for AdamW."""
+    """The transformer's hidden matrices for Muon, everything else for AdamW.
+
+    UMT5's attention has no 1/sqrt(d): under Muon its scores grew until each word saw itself alone (docs/LOG.md).
+    """
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
-        inner = ".blocks." in name or ".block." in name
-        is_matrix = parameter.ndim == 2 and "relative_attention_bias" not in name
-        (hidden if inner and is_matrix else rest).append(parameter)
+        (hidden if "transformer.blocks." in name and parameter.ndim == 2 else rest).append(parameter)
     return hidden, rest
 
 
@@ -135,6 +154,7 @@ class Batch:
     word_rows: Tensor  # [W] int64: which clip a grounded word belongs to
     word_columns: Tensor  # [W] int64: its token position
     word_targets: Tensor  # [W, 180]: the subject's share of each token, sums to 1
+    coverage: Tensor  # [B, 180]: the share of each token that objects cover, 0..1
 
 
 def make_batch(step: int, encoded: data.Encoded, options: DenoiserTraining) -> Batch:
@@ -176,15 +196,17 @@ def make_batch(step: int, encoded: data.Encoded, options: DenoiserTraining) -> B
         word_rows=torch.tensor(rows, dtype=torch.long),
         word_columns=torch.tensor(columns, dtype=torch.long),
         word_targets=torch.from_numpy(np.stack(targets)) if targets else torch.zeros(0, 180),
+        coverage=torch.from_numpy(np.stack([masks.astype(np.float32).sum(0).clip(0, 1) for _, masks, _ in clips])),
     )
 
 
-def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean squared velocity error of each clip `[B]`, the grounding cross-entropy (nats above its minimum), the position
-    cross-entropy (nats, summed over time, row and column), pad share."""
+    cross-entropy (nats, summed over time, row and column), the subject cross-entropy (nats a token above its minimum),
+    pad share."""
     sigma = batch.sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - sigma) * batch.clean + sigma * batch.noise
-    velocity, attention, places = model(batch.ids, batch.lengths, noisy, batch.sigma * 1000)
+    velocity, attention, logits = model(batch.ids, batch.lengths, noisy, batch.sigma * 1000)
     error = (velocity - (batch.noise - batch.clean)).pow(2).mean((1, 2, 3, 4))
     pad_share = attention[..., -1].mean()
     # A word's map as the visualizer shows it: its share among the real tokens, at each place.
@@ -195,9 +217,12 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tens
     grounding = (-(batch.word_targets * logs).sum(-1) - entropy).mean() if len(maps) else error.new_zeros(())
     grid = torch.stack(torch.meshgrid(*(torch.arange(n, device=error.device) for n in GRID), indexing="ij"), -1).flatten(0, 2)
     position = error.new_zeros(())
-    for axis, logits in enumerate(places.split(GRID, -1)):
-        position = position + F.cross_entropy(logits.flatten(0, 1), grid[:, axis].repeat(len(error)))
-    return error, grounding, position, pad_share
+    *places, covered = logits.split((*GRID, 1), -1)
+    for axis, place in enumerate(places):
+        position = position + F.cross_entropy(place.flatten(0, 1), grid[:, axis].repeat(len(error)))
+    least = -torch.xlogy(batch.coverage, batch.coverage) - torch.xlogy(1 - batch.coverage, 1 - batch.coverage)
+    subject = F.binary_cross_entropy_with_logits(covered[..., 0], batch.coverage) - least.mean()
+    return error, grounding, position, subject, pad_share
 
 
 def to_device(batch: Batch, where: torch.device) -> Batch:
@@ -242,8 +267,9 @@ def train(options: DenoiserTraining, folder: Path, compile_model: bool) -> None:
         muon.lr, adam.param_groups[0]["lr"] = rate * options.peak_lr, rate * options.adam_lr
         batch = to_device(make_batch(step, encoded, options), where)
         with torch.autocast(where.type, torch.bfloat16):
-            error, grounding, position, pad_share = losses(model, batch)
-        loss = error.mean() + options.grounding_weight * grounding + options.position_weight * position
+            error, grounding, position, subject, pad_share = losses(model, batch)
+        loss = error.mean() + options.grounding_weight * grounding
+        loss = loss + options.position_weight * position + options.subject_weight * subject
         model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -260,6 +286,7 @@ def train(options: DenoiserTraining, folder: Path, compile_model: bool) -> None:
                 float(error[~high].mean()),
                 float(grounding),
                 float(position),
+                float(subject),
                 float(pad_share),
                 float(norm),
             )
@@ -267,7 +294,8 @@ def train(options: DenoiserTraining, folder: Path, compile_model: bool) -> None:
         step += 1
         progress.update()
         if step % options.report_every == 0 or step == options.steps:
-            names = ("loss", "loss_sigma_above_0.8", "loss_sigma_below_0.8", "grounding", "position", "pad_share", "gradient")
+            sigmas = ("loss_sigma_above_0.8", "loss_sigma_below_0.8")
+            names = ("loss", *sigmas, "grounding", "position", "subject", "pad_share", "gradient")
             means = np.mean(history[-options.report_every :], axis=0)
             values = {name: round(float(v), 4) for name, v in zip(names, means, strict=True)}
             log.write(step=step, **values)

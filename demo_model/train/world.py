@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from demo_model.words import BACKGROUND_COLORS, DIRECTIONS, OBJECT_COLORS, SHAPES, SIZES
+from demo_model.words import BACKGROUND_COLORS, DIRECTIONS, HELD_OUT_BACKGROUNDS, OBJECT_COLORS, SHAPES, SIZES
 
 FRAMES, HEIGHT, WIDTH = 17, 96, 96
 TRAVEL = (36.0, 48.0)  # pixels an object moves in one clip
@@ -47,13 +47,13 @@ class Scene:
         return [(a.color, a.shape, self.background, a.direction) for a in self.actors]
 
 
-def all_combinations() -> list[Combination]:
-    """Every combination with a moving object whose colour differs from the background's."""
+def graded_combinations() -> list[Combination]:
+    """Every combination the held-out list is drawn from: a moving object whose colour differs from the background's."""
     return [
         (color, shape, background, direction)
         for color in OBJECT_COLORS
         for shape in SHAPES
-        for background in BACKGROUND_COLORS
+        for background in HELD_OUT_BACKGROUNDS
         for direction in DIRECTIONS
         if color != background
     ]
