@@ -116,13 +116,25 @@ def test_one_weighted_padded_key_equals_five_hundred() -> None:
         short[row, : len(ids)] = full[row, : len(ids)] = torch.tensor(ids)
     latents, time = torch.randn(2, 16, 3, 4, 6), torch.tensor([700.0, 300.0])
     with torch.no_grad():
-        velocity, attention, places = model(short, lengths, latents, time)
+        velocity, attention, logits = model(short, lengths, latents, time)
         mask = (torch.arange(512)[None] < lengths[:, None]).long()
         text = model.text_encoder(full, mask).last_hidden_state * mask[..., None]
         expected = model.transformer(latents, time, text, return_dict=False)[0]
-    assert expected.std() > 0.1 and places.shape == (2, 18, 17)
+    assert expected.std() > 0.1 and logits.shape == (2, 18, 17 + 1)
     torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(attention.sum(-1), torch.ones(2, 18), rtol=1e-4, atol=1e-4)
+
+
+def test_text_heads_start_by_looking_at_neighbours() -> None:
+    torch.manual_seed(0)
+    encoder = Denoiser(ModelSizes(layers=1)).text_encoder.eval()
+    ids = torch.tensor([build_tokenizer().encode("a red circle moving right on a blue background").ids])
+    with torch.no_grad():
+        layers = encoder(ids, torch.ones_like(ids), output_attentions=True).attentions
+    tokens = torch.arange(2, ids.shape[1] - 2)
+    for weights in layers:  # [1, heads, query, key]
+        for head, step in enumerate((1, -1, 2)):
+            assert weights[0, head, tokens].argmax(-1).tolist() == (tokens + step).tolist()
 
 
 def test_muon_update_is_nearly_orthogonal() -> None:
