@@ -95,6 +95,14 @@ def test_default_blocks_compile_for_cross_attention(chip: str, empty_cache: Path
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", ["v4", "v6e"])  # v4's two cores share the heads
+def test_queries_that_fit_one_block_are_counted_too(chip: str, empty_cache: Path) -> None:
+    cycles = splash_cycles(chip, KernelShape(heads=1, q_len=900, kv_len=512))
+    assert cycles.grid_steps == 1 and cycles.grid_cycles == cycles.step + cycles.overhead
+    assert cycles.roofline > 0.3
+
+
+@pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v6e:2x4", "v5e:2x4"])
 def test_every_supported_setting_compiles_under_shard_map(topology: str) -> None:
     script = COMPILE_VARIANTS.replace("{topology}", topology)

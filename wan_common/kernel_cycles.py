@@ -185,8 +185,9 @@ def splash_cycles(
         sizes = fit_block_sizes(BlockSizes(*blocks), shape.q_len, shape.kv_len)
     blocks = dataclasses.astuple(sizes)
     request = {"topology": CHIPS[chip].topology, "blocks": blocks, **dataclasses.asdict(shape)}
-    # The parts of the kernel don't depend on the number of heads: one compilation serves every sharding of them.
-    request["heads"] = 1
+    # The parts of the kernel don't depend on the number of heads: one compilation serves every sharding of them. The grid needs
+    # a second step on each core, or it is no loop.
+    request["heads"] = 1 if shape.q_len > blocks[0] or shape.kv_len > blocks[1] else 4
     file = cache_dir() / f"{_digest(request)}.json"
     parts = None
     if use_cache and file.exists():
