@@ -168,6 +168,13 @@ def test_attention_blocks_come_in_threes() -> None:
         check_attention(AttentionFlags(bqsize=3328))
     with pytest.raises(UsageError, match="--window_size 0"):
         check_attention(AttentionFlags(window_size=0))
+    for flags, message in (
+        ((1000, 2816, 256), "--bqsize 1000: wanted a multiple of 128"),
+        ((3328, 2816, 200), "--bkvsize 2816: wanted a multiple of --bkvcomputesize 200"),
+        ((3328, 2800, 200), "--bkvcomputesize 200: wanted a multiple of 128"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_attention(AttentionFlags(*flags))
 
 
 def test_model_defaults(demo_model: Path, tmp_path: Path) -> None:

@@ -292,9 +292,19 @@ def test_checkpoint_without_what_is_asked_for_now(zygote: Zygote, with_extras: P
     kill_at(pid, folder, "denoising", random.Random(1), 0)
     assert zygote.wait() == -signal.SIGKILL and (folder / CHECKPOINT).exists()
     log = zygote.run(folder, *EXTRAS)
-    assert re.search(r"seed 42: step latents of the steps before \d+ are not there; starting from step 0", log)
+    assert re.search(r"seed 42: the checkpoint of step \d+ is of no use: step latents .* are not there; starting from step 0", log)
     for part in ("step_latents", "attention_maps"):
         same_files(folder, with_extras, part)
+
+
+def test_checkpoint_with_maps_of_other_settings(zygote: Zygote, memory: Path) -> None:
+    """A stopped run that stored its maps otherwise is no error with a remedy that leads back to it: the clip starts anew."""
+    folder = memory / "other_settings"
+    pid = zygote.start(folder, *EXTRAS)
+    kill_at(pid, folder, "denoising", random.Random(1), 0)
+    assert zygote.wait() == -signal.SIGKILL and (folder / CHECKPOINT).exists()
+    log = zygote.run(folder, *EXTRAS, "--attention_tokens", "red")
+    assert re.search(r"seed 42: the checkpoint of step \d+ is of no use: .*stored maps are of another run \(tokens differ\)", log)
 
 
 SHAPE = (1, 16, 2, 4, 4)

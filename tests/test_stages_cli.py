@@ -327,6 +327,43 @@ def test_changed_files_are_named(cli: Cli, run: Path, model: Path, tmp_path: Pat
     assert "stage2 is current" in cli.ok("stage2_transformer.py", *stages["stage2_transformer.py"], "--model_id", moved)
 
 
+def test_replaced_latents_are_made_again_and_not_signed(cli: Cli, run: Path, model: Path) -> None:
+    whole = (run / LATENTS).read_bytes()
+    tensors, header = load_tensors(run / LATENTS)
+    save_tensors(run / LATENTS, {"latents": tensors["latents"] * 2}, header)  # its header still says it is this very clip
+    log = cli.ok("stage2_transformer.py", *again(run, model)["stage2_transformer.py"])
+    assert f"output {LATENTS} is not the file this stage wrote" in log and "is there already" not in log
+    assert (run / LATENTS).read_bytes() == whole
+
+
+def test_step_latents_that_lack_a_step_are_made_again(cli: Cli, run: Path, model: Path) -> None:
+    command = [*again(run, model)["stage2_transformer.py"], "--save_step_latents"]
+    cli.ok("stage2_transformer.py", *command)
+    assert "stage2 is current" in cli.ok("stage2_transformer.py", *command)
+    step = run / "step_latents" / "step_001.safetensors"
+    whole = step.read_bytes()
+    step.write_bytes(whole[:-10])
+    assert "step_latents: 1 of 3 steps are there and whole" in cli.ok("stage2_transformer.py", *command)
+    assert step.read_bytes() == whole
+
+
+def test_every_iteration_runs_all_steps(cli: Cli, run: Path, model: Path) -> None:
+    flags = ["--checkpoint_every", "1", "--num_iterations", "2", "--seed", "7"]
+    log = cli.ok("stage2_transformer.py", *again(run, model)["stage2_transformer.py"], *flags)
+    assert log.count("seed 7, iteration") == 2 and "going on from step" not in log
+
+
+def test_a_new_prompt_keeps_the_folders_model(cli: Cli, run: Path, model: Path) -> None:
+    cli.ok("stage1_text_encoder.py", "--output_dir", run, "--prompt", "grass")
+    assert json.loads((run / CONFIG).read_text())["model_id"] == str(model)
+
+
+def test_stage3_profile_writes_a_trace(cli: Cli, run: Path, tmp_path: Path) -> None:
+    flags = ["--force", "--profile", "--profiler_output_dir", str(tmp_path / "trace")]
+    assert f"profiler trace in {tmp_path / 'trace'}" in cli.ok("stage3_vae_decoder.py", "--input_dir", run, *flags)
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
 def change_weights(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
     (path,) = folder.glob("*.safetensors")
     tensors, header = load_tensors(path)
@@ -366,7 +403,7 @@ def test_missing_inputs_name_the_command_that_makes_them(cli: Cli, tmp_path: Pat
         f"{tmp_path / EMBEDDINGS}: not there; run stage1_text_encoder.py --prompt '...' --output_dir {tmp_path} first"
     )
     message = cli.refused(3, "stage3_vae_decoder.py", "--input_dir", tmp_path)
-    assert message == f"{tmp_path / LATENTS}: not there; run stage2_transformer.py --output_dir {tmp_path} first"
+    assert message == f"{tmp_path / LATENTS}: not there; run stage2_transformer.py --input_dir {tmp_path} --output_dir {tmp_path} first"
 
 
 def damage(path: Path, how: str) -> None:

@@ -466,6 +466,43 @@ class ClipInfo:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def _describe(video_id: str, groups: Sequence[Target], settings: AttentionSettings, clip: ClipInfo) -> dict[str, Any]:
+    info = dataclasses.asdict(clip)
+    info.update(token_ids=[int(i) for i in clip.token_ids][: clip.num_tokens], grid=list(clip.grid))
+    info["extra"] = dict(clip.extra)
+    tokens = [{"name": g.name, "folder": g.folder, "token_indices": list(g.token_indices)} for g in groups[: -len(SPECIAL_GROUPS)]]
+    keep = ("storage_format", "storage_dtype", "store_per_head", "store_per_block", "spatial_downsample_factor")
+    return {
+        "attention_storage_version": STORAGE_VERSION, "video_id": video_id, "tokens": tokens, "clip": info,
+        "settings": {name: getattr(settings, name) for name in keep},
+    }  # fmt: skip
+
+
+def _step_file(folder: Path, group: Target, step: int, settings: AttentionSettings) -> Path:
+    return folder / group.folder / f"step_{step:03d}{_FORMATS[settings.storage_format]}"
+
+
+def check_resume(
+    root: str | os.PathLike[str], video_id: str, targets: Sequence[Target], settings: AttentionSettings, info: ClipInfo, start_step: int
+) -> None:
+    """Whether a clip's maps on disk can be gone on with at ``start_step``; arguments as :class:`AttentionWriter`'s.
+
+    Raises:
+        ArtifactError: they are of other words, settings or another clip, or steps are missing; says what.
+    """
+    folder, groups = Path(root) / video_id, special_targets(targets, info.num_tokens, info.text_length)
+    found, description = _read_json(folder / VIDEO_METADATA), _describe(video_id, groups, settings, info)
+    for part in ("tokens", "clip", "settings"):
+        if found.get(part) != json.loads(json.dumps(description[part])):
+            raise ArtifactError(f"{folder}: the stored maps are of another run ({part} differ); {REMEDY}")
+    for group in groups:
+        for step in range(start_step):
+            path = _step_file(folder, group, step, settings)
+            for wanted in (path, _metadata_path(path)):
+                if not wanted.is_file():
+                    raise ArtifactError(f"{wanted}: missing, and the run resumes at step {start_step}; {REMEDY}")
+
+
 class AttentionWriter:
     """Write one clip's maps, step by step, on a background thread (at most two steps wait, then ``step`` does).
 
@@ -494,11 +531,11 @@ class AttentionWriter:
         self.video_id, self.settings, self.info = video_id, settings, info
         self.targets = list(targets)
         self.groups = special_targets(targets, info.num_tokens, info.text_length)
-        self._description = self._describe()
+        self._description = _describe(video_id, self.groups, settings, info)
         if start_step == 0:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
-            self._check_resume(start_step)
+            check_resume(root, video_id, targets, settings, info, start_step)
         try:
             for group in self.groups:
                 (self.path / group.folder).mkdir(parents=True, exist_ok=True)
@@ -510,30 +547,8 @@ class AttentionWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="attention-writer")
         self._pending: collections.deque[Future[None]] = collections.deque()
 
-    def _describe(self) -> dict[str, Any]:
-        info = dataclasses.asdict(self.info)
-        info.update(token_ids=[int(i) for i in self.info.token_ids][: self.info.num_tokens], grid=list(self.info.grid))
-        info["extra"] = dict(self.info.extra)
-        tokens = [{"name": g.name, "folder": g.folder, "token_indices": list(g.token_indices)} for g in self.groups[: -len(SPECIAL_GROUPS)]]
-        keep = ("storage_format", "storage_dtype", "store_per_head", "store_per_block", "spatial_downsample_factor")
-        return {
-            "attention_storage_version": STORAGE_VERSION, "video_id": self.video_id, "tokens": tokens, "clip": info,
-            "settings": {name: getattr(self.settings, name) for name in keep},
-        }  # fmt: skip
-
-    def _check_resume(self, start_step: int) -> None:
-        found = _read_json(self.path / VIDEO_METADATA)
-        for part in ("tokens", "clip", "settings"):
-            if found.get(part) != json.loads(json.dumps(self._description[part])):
-                raise ArtifactError(f"{self.path}: the stored maps are of another run ({part} differ); {REMEDY}")
-        for group in self.groups:
-            for step in range(start_step):
-                for path in (self._step_path(group, step), _metadata_path(self._step_path(group, step))):
-                    if not path.is_file():
-                        raise ArtifactError(f"{path}: missing, and the run resumes at step {start_step}; {REMEDY}")
-
     def _step_path(self, group: Target, step: int) -> Path:
-        return self.path / group.folder / f"step_{step:03d}{_FORMATS[self.settings.storage_format]}"
+        return _step_file(self.path, group, step, self.settings)
 
     def step(self, index: int, maps: Any, timestep: float) -> None:
         """Queue step ``index``: ``maps`` [G, (block,) (head,) F, H, W], G as in :func:`groups_matrix`; JAX array or numpy."""

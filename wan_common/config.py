@@ -131,7 +131,7 @@ class BenchOptions:
 
     warmup_steps: int = option(0, "steps run and thrown away before the clock starts")
     num_iterations: int = option(1, "how often the measured run is repeated")
-    profile: bool = option(False, "write a JAX profiler trace of a few steps")
+    profile: bool = option(False, "write a JAX profiler trace: of a few steps, in stage 3 of the first decode")
     profiler_output_dir: str = option("profile", "where --profile writes")
 
 
@@ -342,10 +342,13 @@ def check_attention(flags: AttentionFlags) -> None:
     """Refuse block sizes given by halves.
 
     Raises:
-        UsageError: some but not all of the three block sizes, or a window below 1.
+        UsageError: some but not all of the three block sizes, sizes that are no multiples of what they must be, a window below 1.
     """
     blocks = (flags.bqsize, flags.bkvsize, flags.bkvcomputesize)
     if any(b is not None for b in blocks) and any(b is None or b < 1 for b in blocks):
         raise UsageError(f"--bqsize --bkvsize --bkvcomputesize: found {blocks}, wanted all three (seed 001: 3328 2816 256) or none")
+    for name, block, multiple in zip(("bqsize", "bkvsize", "bkvcomputesize"), blocks, (128, flags.bkvcomputesize, 128), strict=True):
+        if block is not None and multiple is not None and block % multiple:  # custom_splash_attention.BlockSizes
+            raise UsageError(f"--{name} {block}: wanted a multiple of {'--bkvcomputesize ' if name == 'bkvsize' else ''}{multiple}")
     if flags.window_size is not None and flags.window_size < 1:
         raise UsageError(f"--window_size {flags.window_size}: wanted at least 1, or leave it out")

@@ -15,11 +15,19 @@ import numpy as np
 from tqdm import tqdm
 
 from wan_common.artifacts import Job, checkpoint_name, latents_name, step_latents_name
-from wan_common.attention_maps import AttentionSettings, AttentionWriter, ClipInfo, Target, groups_matrix, select_targets
+from wan_common.attention_maps import (
+    AttentionSettings,
+    AttentionWriter,
+    ClipInfo,
+    Target,
+    check_resume,
+    groups_matrix,
+    select_targets,
+)
 from wan_common.checkpoint import load_checkpoint, save_checkpoint
 from wan_common.denoiser import Denoiser
 from wan_common.embeddings import Embeddings
-from wan_common.errors import NumericalError
+from wan_common.errors import ArtifactError, NumericalError
 from wan_common.latents import draw_noise, save_latents
 from wan_common.multihost import is_writer
 from wan_common.scheduler import State, StepTable, initial_state
@@ -176,12 +184,17 @@ class ClipRunner:
         }  # fmt: skip
         return latents, {"seconds": seconds, "resumed_at_step": start}
 
+    def forget(self, clip: Clip) -> None:
+        """Drop the clip's checkpoint, so that its next run starts from step 0."""
+        if is_writer():
+            (self.output_dir / checkpoint_name(clip.suffix)).unlink(missing_ok=True)
+
     def finish(self, clip: Clip, latents: np.ndarray) -> Path:
         """Write the clip's latents and drop its checkpoint. Returns the file."""
         path = self.output_dir / latents_name(clip.suffix)
         if is_writer():
             save_latents(path, latents, clip.job, self.embeddings.prompts[clip.prompt_index], self.embeddings.negative_prompt)
-            (self.output_dir / checkpoint_name(clip.suffix)).unlink(missing_ok=True)
+            self.forget(clip)
         self.stop.working(False)
         return path
 
@@ -194,7 +207,7 @@ class ClipRunner:
             if missing is None:
                 logger.info("seed %d: going on from step %d of %d (%s)", clip.seed, start, len(self.table), path)
                 return self.denoiser.put_state(state), start
-            logger.warning("seed %d: %s of the steps before %d are not there; starting from step 0", clip.seed, missing, start)
+            logger.warning("seed %d: the checkpoint of step %d is of no use: %s; starting from step 0", clip.seed, start, missing)
         noise = draw_noise(self.denoiser.latent_shape, clip.seed)
         return self.denoiser.put_state(initial_state(noise, self.table.order)), 0
 
@@ -202,11 +215,14 @@ class ClipRunner:
         """What was asked for but was not being kept when the checkpoint was written; None when all is there."""
         folder = self.output_dir / step_latents_name(clip.suffix)
         if self.keep.step_latents and steps_on_disk(folder, clip.job.fingerprint, self.keep.step_latents) < start:
-            return "step latents"
+            return "step latents of the steps before it are not there"
         for negative, words in targets:
-            video = self.output_dir / "attention_maps" / (clip.video_id + ("_negative" if negative else ""))
-            if not all(any((video / word.folder).glob(f"step_{start - 1:03d}.*")) for word in words):
-                return "attention maps"
+            video_id = clip.video_id + ("_negative" if negative else "")
+            try:
+                info = self._clip_info(clip, negative)
+                check_resume(self.output_dir / "attention_maps", video_id, words, self.keep.attention, info, start)
+            except ArtifactError as error:
+                return str(error).split(";")[0]
         return None
 
     def _save_checkpoint(self, clip: Clip, state: State, next_step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def check_fits(embeddings: Embeddings, run: RunDir, model: Model, text_dim: int,
         ArtifactError: another width than ``text_dim``, or made by another text encoder than the one in the model's folder.
     """
     path = run / EMBEDDINGS_NAME
-    again = f"rerun stage1_text_encoder.py --model_id {model.model_id} --output_dir {run.path}"
+    prompts = f"--prompt {shlex.quote(embeddings.prompts[0])}" if len(embeddings.prompts) == 1 else "--prompts_file FILE"
+    again = f"rerun stage1_text_encoder.py --model_id {model.model_id} {prompts} --output_dir {run.path}"
     if embeddings.prompt.shape[2] != text_dim:
         raise ArtifactError(
             f"{path}: prompt_embeds is {list(embeddings.prompt.shape)}, the transformer of {model.model_id} wants "

@@ -64,9 +64,9 @@ def save_latents(path: Path, values: np.ndarray, job: Job, prompt: str, negative
     save_tensors(path, {"latents": values}, header)
 
 
-def has_latents(path: Path, job: Job) -> bool:
-    """Whether ``path`` already holds this very clip."""
-    if not path.is_file():
+def has_latents(path: Path, job: Job, recorded: str | None = None) -> bool:
+    """Whether ``path`` already holds this very clip, and is still the file whose sha256 was ``recorded``, if one was."""
+    if not path.is_file() or (recorded is not None and sha256_file(path) != recorded):
         return False
     try:
         with SafetensorsReader(path, REMEDY) as reader:
@@ -102,8 +102,9 @@ def load_latents(run: RunDir, path: Path, force: bool = False) -> Latents:
 
 
 def _check_provenance(run: RunDir, path: Path, latents: Latents) -> None:
-    mend = f"{REMEDY} --output_dir {run.path}, or decode it as it is with --force"
     record = run.record(STAGE2)
+    source = record.get("read_from", run.path)
+    mend = f"{REMEDY} --input_dir {source} --output_dir {run.path}, or decode it as it is with --force"
     entry = record.get("outputs", {}).get(path.name)
     if entry is None:
         raise ArtifactError(f"{path}: {CONFIG_NAME} beside it does not know this file; {mend}")

@@ -88,8 +88,9 @@ def make_mesh(shape: MeshShape, devices: list | None = None) -> Mesh:
 def prepare_jax(cache_dir: str | None = None) -> None:
     """Set JAX up once, before its first use: the platform, and the persistent compilation cache.
 
-    ``JAX_PLATFORMS`` and ``JAX_COMPILATION_CACHE_DIR`` are respected. With libtpu installed on a machine that has no TPU,
-    JAX tries for it with noisy warnings before it takes the CPU (FACTS), so the platform is named when no device file is there.
+    ``JAX_PLATFORMS`` and (without ``cache_dir``) ``JAX_COMPILATION_CACHE_DIR`` are respected. With libtpu installed on a
+    machine that has no TPU, JAX tries for it with noisy warnings before it takes the CPU (FACTS), so the platform is named
+    when no device file is there.
     """
     accelerators = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/nvidia[0-9]*")
     # torch code asks for int64 everywhere; with x64 off each place would warn that it gets int32 (FACTS).
@@ -98,7 +99,7 @@ def prepare_jax(cache_dir: str | None = None) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if cache_dir or "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         default = os.path.join(os.path.expanduser("~"), ".cache", "wan_tpu", "jax")
         jax.config.update("jax_compilation_cache_dir", cache_dir or default)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # seed 001

@@ -6,6 +6,8 @@ import logging
 import os
 from typing import Any
 
+from wan_common.errors import UsageError
+
 logger = logging.getLogger("multihost")
 _state = {"initialized": False}  # jax.distributed can be initialised once a process
 
@@ -39,6 +41,18 @@ def initialize(asked: bool) -> None:
     _state["initialized"] = True
     here, everywhere = jax.local_device_count(), jax.device_count()
     logger.info("process %d of %d, %d of %d devices here", jax.process_index(), jax.process_count(), here, everywhere)
+
+
+def check_initialized() -> None:
+    """Refuse to run as one of several processes that do not know of each other: each would write the same files.
+
+    Raises:
+        UsageError: the devices belong to several processes (a TPU slice of several hosts) and JAX was not told so.
+    """
+    import jax
+
+    if not _state["initialized"] and jax.process_count() > 1:
+        raise UsageError(f"these devices belong to {jax.process_count()} processes: add --distributed, on every host")
 
 
 def lost_process(error: BaseException) -> str | None:

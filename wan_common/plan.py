@@ -227,6 +227,7 @@ def _denoise_program(request: Request, mesh: Mesh) -> tuple[Any, tuple[Any, ...]
     import jax.numpy as jnp
 
     from wan_common.attention import AttentionOptions
+    from wan_common.attention_maps import SPECIAL_GROUPS
     from wan_common.denoiser import Capture, build_denoiser
 
     bq, bkv, compute = request.blocks or (None, None, None)
@@ -241,8 +242,8 @@ def _denoise_program(request: Request, mesh: Mesh) -> tuple[Any, tuple[Any, ...]
     )  # fmt: skip
     arguments = denoiser.abstract_inputs(order=2)
     if request.store_words:
-        # The words, and with them EOS and the padding (attention_maps.groups_matrix).
-        shape = (2 if request.guidance else 1, request.text_length, request.store_words + 2)
+        # The words, and with them the other words, EOS and the padding (attention_maps.groups_matrix).
+        shape = (2 if request.guidance else 1, request.text_length, request.store_words + len(SPECIAL_GROUPS))
         arguments += (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=arguments[3].sharding),)
     return denoiser.jitted(), arguments
 

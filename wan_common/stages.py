@@ -5,6 +5,7 @@ A plan is made from options, files and hashes alone; torch and JAX are imported 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -24,6 +25,7 @@ from wan_common.artifacts import (
     clip_suffix,
     find_model,
     latents_name,
+    step_latents_name,
     video_name,
 )  # fmt: skip
 from wan_common.atomic import make_output_dir
@@ -107,6 +109,7 @@ class StagePlan:
         shape = choose_mesh_shape(
             len(jax.devices()), batch, use_dp=options.use_dp, dp=options.dp, sp=options.sp_num, tp=options.tp
         )
+        multihost.check_initialized()
         self.mesh = make_mesh(shape)
         self.devices = {**describe_devices(), "mesh": str(shape)}
         logger.info("%s device(s) of kind %s, mesh %s", self.devices["count"], self.devices["kind"], shape)
@@ -157,7 +160,8 @@ def plan_text(options: Options) -> TextPlan:
         UsageError: no prompt, two sources of prompts, an empty one. ArtifactError: no usable model.
     """
     run = options.get(RunOptions)
-    model = find_model(run.model_id or DEFAULT_MODEL, ("tokenizer", "text_encoder"))
+    output = RunDir(run.output_dir or DEFAULT_DIR)
+    model = find_model(run.model_id or output.read_config().get("model_id") or DEFAULT_MODEL, ("tokenizer", "text_encoder"))
     prompt_options = options.get(PromptOptions, read_model_defaults(model.path))
     prompts = read_prompts(prompt_options)
     if prompt_options.max_sequence_length < 2:
@@ -167,7 +171,6 @@ def plan_text(options: Options) -> TextPlan:
         "max_sequence_length": prompt_options.max_sequence_length, "keep_parentheses": prompt_options.keep_parentheses, "dtype": run.dtype,
     }  # fmt: skip
     job = Job(settings, {}, model.identity("tokenizer", "text_encoder"))
-    output = RunDir(run.output_dir or DEFAULT_DIR)
     return TextPlan(STAGE1, run, model, output, job, options.get(MeshOptions), prompts=prompts, options=prompt_options)
 
 
@@ -270,13 +273,20 @@ class DenoisePlan(StagePlan):
         return _as_json(wanted)
 
     def missing_extras(self) -> list[str]:
+        from wan_common.step_latents import steps_on_disk
+
         record = self.output.record(STAGE2)
-        kept = record.get("extras", {})
-        folders = {"step_latents": "step_latents*", "attention": "attention_maps/*"}
-        return [
-            f"{name} asked for and not kept" for name, wanted in self.extras().items()
-            if kept.get(name) != wanted or not any(self.output.path.glob(folders[name]))
-        ]  # fmt: skip
+        kept, wanted = record.get("extras", {}), self.extras()
+        missing = [f"{name} asked for and not kept" for name in wanted if kept.get(name) != wanted[name]]
+        for clip in self.clips() if wanted and not missing else []:
+            folder = self.output / step_latents_name(clip.suffix)
+            if "step_latents" in wanted:
+                count = max(0, steps_on_disk(folder, clip.job.fingerprint, self.keep.step_latents_dtype))
+                if count < self.video.num_inference_steps:
+                    missing.append(f"{folder}: {count} of {self.video.num_inference_steps} steps are there and whole")
+            if "attention" in wanted and not (self.output / "attention_maps" / clip.video_id).is_dir():
+                missing.append(f"{self.output / 'attention_maps' / clip.video_id}: not there")
+        return missing
 
     def save(self, paths: list[Path], timings: dict[str, Any]) -> None:
         """Write the provenance of all clips."""
@@ -314,9 +324,9 @@ def plan_denoise(options: Options) -> DenoisePlan:
 
     run, source = options.get(RunOptions), RunDir(options.get(InputOptions).input_dir)
     if not (source / EMBEDDINGS_NAME).is_file():
-        raise ArtifactError(
-            f"{source / EMBEDDINGS_NAME}: not there; run stage1_text_encoder.py --prompt '...' --output_dir {source.path} first"
-        )
+        model_flag = f" --model_id {run.model_id}" if run.model_id else ""
+        remedy = f"run stage1_text_encoder.py{model_flag} --prompt '...' --output_dir {source.path} first"
+        raise ArtifactError(f"{source / EMBEDDINGS_NAME}: not there; {remedy}")
     embeddings = load_embeddings(source, run.force)
     model = find_model(run.model_id or source.read_config().get("model_id") or DEFAULT_MODEL, ("transformer", "scheduler"))
     defaults = read_model_defaults(model.path)
@@ -407,6 +417,7 @@ def denoise(plan: DenoisePlan, runner: ClipRunner, after_clip: Callable[[Clip, P
     from wan_common.latents import has_latents
 
     clips, bench = plan.clips(), plan.bench
+    recorded = plan.output.record(STAGE2).get("outputs", {})
     timings: dict[str, Any] = {}
     if bench.warmup_steps:
         timings["warmup_seconds"] = round(runner.warm_up(clips[0], bench.warmup_steps), 2)
@@ -415,10 +426,12 @@ def denoise(plan: DenoisePlan, runner: ClipRunner, after_clip: Callable[[Clip, P
     per_clip: dict[str, Any] = {}
     for clip in clips:
         path = plan.output / latents_name(clip.suffix)
-        if has_latents(path, clip.job) and not plan.run.force and not plan.extras():
+        if has_latents(path, clip.job, recorded.get(path.name, {}).get("sha256")) and not plan.run.force and not plan.extras():
             logger.info("seed %d: %s is there already", clip.seed, path)
         else:
             for iteration in range(bench.num_iterations):
+                if iteration:
+                    runner.forget(clip)  # or it would go on from the last iteration's checkpoint
                 profile = Path(bench.profiler_output_dir) if bench.profile and not per_clip and iteration == 0 else None
                 latents, details = runner.run(clip, profile)
                 logger.info("seed %d, iteration %d: %s", clip.seed, iteration, details["seconds"])
@@ -470,7 +483,9 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     names = sorted(source.record(STAGE2).get("outputs", {})) or [latents_name("")]
     missing = [name for name in names if not (source / name).is_file()]
     if missing:
-        raise ArtifactError(f"{source / missing[0]}: not there; run stage2_transformer.py --output_dir {source.path} first")
+        read_from = source.record(STAGE2).get("read_from", source.path)
+        remedy = f"run stage2_transformer.py --input_dir {read_from} --output_dir {source.path} first"
+        raise ArtifactError(f"{source / missing[0]}: not there; {remedy}")
     loaded = [(name, load_latents(source, source / name, run.force)) for name in names]
     model = find_model(run.model_id or config.get("model_id") or DEFAULT_MODEL, ("vae",))
     fps = options.get(FpsOptions, {"fps": config["fps"]} if "fps" in config else read_model_defaults(model.path)).fps
@@ -500,6 +515,19 @@ def load_vae(plan: StagePlan) -> VaeDecoder:
     return load_vae_decoder(plan.model.path, plan.run.dtype, plan.mesh)
 
 
+@contextlib.contextmanager
+def profiled(bench: BenchOptions, first: bool) -> Iterator[None]:
+    """A JAX profiler trace of what runs inside, if ``--profile`` asks for one and this is the ``first`` run."""
+    if not (bench.profile and first):
+        yield
+        return
+    import jax
+
+    with jax.profiler.trace(bench.profiler_output_dir):
+        yield
+    logger.info("profiler trace in %s", bench.profiler_output_dir)
+
+
 def decode_all(plan: DecodePlan, decoder: VaeDecoder) -> None:
     """Decode every latents file of the plan to its video, and save the provenance."""
     timings: dict[str, Any] = {}
@@ -510,9 +538,10 @@ def decode_all(plan: DecodePlan, decoder: VaeDecoder) -> None:
         timings["warmup_seconds"] = round(time.perf_counter() - begun, 2)
     seconds: dict[str, float] = {}
     for (name, latents), video in zip(plan.latents, plan.videos, strict=True):
-        for _ in range(plan.bench.num_iterations):
+        for iteration in range(plan.bench.num_iterations):
             begun = time.perf_counter()
-            decode_video(decoder, latents, video, plan.fps, plan.decode.save_frames)
+            with profiled(plan.bench, first=not seconds and iteration == 0):
+                decode_video(decoder, latents, video, plan.fps, plan.decode.save_frames)
             seconds[name] = round(time.perf_counter() - begun, 2)
             logger.info("%s: decoded in %.2f s", video, seconds[name])
         draw_clip_attention(plan.input.path, plan.analysis, suffix_of(name), video)

@@ -30,7 +30,7 @@ logger = logging.getLogger("step_latents")
 
 FOLDER = "step_latents"
 INITIAL_NOISE = "initial_noise.safetensors"
-REMEDY = "make them with: python stage2_transformer.py --save_step_latents"
+REMEDY = "make them with: python stage2_transformer.py --save_step_latents (and the clip's --input_dir and --output_dir)"
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 CLIP_KEYS = ("num_inference_steps", "seed", "fingerprint", "frames", "height", "width", "fps")
 _STEP_FILE = re.compile(r"step_(\d{3,})\.safetensors")
