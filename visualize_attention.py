@@ -8,6 +8,8 @@
     ... --original-video stage_outputs/output_video.mp4                   over the video
     ... --use-aggregated                                                  the mean over steps, static
 
+With a pipeline's YAML as --config, its output_dir (else its input_dir) is where the maps are, its
+attention_analysis.visualization_params are the looks, and its other keys are left to the stages; flags win.
 No model is loaded. Flags may be spelled with ``-`` or ``_``.
 """
 
@@ -19,10 +21,9 @@ import logging
 import sys
 from pathlib import Path
 
-import yaml
-
 from wan_common.attention_maps import SPECIAL_GROUPS, AttentionAnalyzer, AttentionSettings, VisualizationParams
 from wan_common.attention_visualizer import NORMALIZE, OVER, AttentionVisualizer, visualize_run
+from wan_common.config import DEFAULT_DIR, InputOptions, RunOptions, parse_options
 from wan_common.errors import UsageError, run_command
 
 logger = logging.getLogger("attention")
@@ -41,11 +42,8 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(*names, **options)  # type: ignore[arg-type]
 
     where = result.add_argument_group("where")
-    text = "YAML file whose attention_analysis.visualization_params are the looks; flags win"
-    where.add_argument("--config", type=Path, help=text)
-    where.add_argument(
-        "--input_dir", "--input-dir", type=Path, default=Path("stage_outputs"), help="run directory [default: stage_outputs]"
-    )
+    where.add_argument("--config", metavar="FILE.yaml", help="the pipeline's options as YAML; flags win")
+    where.add_argument("--input_dir", "--input-dir", type=Path, help=f"run directory with the maps [default: {DEFAULT_DIR}]")
     add(where, "attention-dir", type=Path, help="directory of the attention maps [default: INPUT_DIR/attention_maps]")
     where.add_argument("--output_dir", "--output-dir", type=Path, help="folder for everything [default: attention_outputs]")
     add(where, "video-id", help="video identifier [default with --token: the only one; else all]")
@@ -92,8 +90,7 @@ def _figsize(text: str) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """List, draw one video, or draw everything."""
-    args = parser().parse_args(argv)
-    base = read_params(args.config)
+    args, base = parse_args(argv)
     analyzer = AttentionAnalyzer(args.attention_dir or args.input_dir / "attention_maps")
     if args.list:
         list_stored(analyzer)
@@ -116,21 +113,19 @@ def main(argv: list[str] | None = None) -> None:
             print(path)
 
 
-def read_params(path: Path | None) -> VisualizationParams:
-    """``attention_analysis.visualization_params`` of a YAML file.
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, VisualizationParams]:
+    """Flags first, then the YAML of ``--config``, then the defaults; and the looks that the YAML asks for.
+
+    The YAML is a pipeline's: the maps are where its stage 2 wrote, so its output_dir comes before its input_dir.
 
     Raises:
-        UsageError: not readable, not YAML, or an unknown key or wrong type inside ``attention_analysis``.
+        UsageError: not readable, not YAML, an unknown key, or a value of a wrong type.
     """
-    if path is None:
-        return DEFAULTS
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: not readable as YAML ({error})") from error
-    if not isinstance(mapping, dict):
-        raise UsageError(f"--config {path}: found {type(mapping).__name__}, wanted a mapping with attention_analysis:")
-    return AttentionSettings.from_mapping(mapping.get("attention_analysis") or {}).visualization_params
+    args = parser().parse_args(argv)
+    config = ["--config", args.config] if args.config else []
+    shared = parse_options(config, "visualize_attention.py", "", (RunOptions, InputOptions))
+    args.input_dir = args.input_dir or Path(shared.get(RunOptions).output_dir or shared.get(InputOptions).input_dir)
+    return args, AttentionSettings.from_mapping(shared.yaml.get("attention_analysis") or {}).visualization_params
 
 
 def _params(args: argparse.Namespace, base: VisualizationParams, video_format: str) -> VisualizationParams:

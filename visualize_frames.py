@@ -6,7 +6,8 @@
 reads ``stage_outputs/step_latents*`` and writes, into ``wan_visualization_output/``, a contact sheet, videos, curves, and in
 ``frame_debug/`` for each step a picture of the latents, of the decoded x and of the predicted x0. Several clips (seeds) get a
 folder each and are shown side by side. With a pipeline's YAML as --config, its output_dir is where the step latents are, its
-visualization_output_dir and save_tensor_stats are this command's, and its other keys are left to the stages.
+visualization_output_dir and save_tensor_stats are this command's, and its other keys are left to the stages. docs/FRAMES.md
+describes every file.
 """
 
 from __future__ import annotations
@@ -72,8 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--decoder",
         choices=("rgb", "vae"),
-        default="rgb",
-        help="linear preview, or the VAE as in stage 3 (default rgb)",
+        help="linear preview, or the VAE as in stage 3 (default rgb; vae for a model without latent_rgb.json)",
     )
     add("--dtype", choices=("bfloat16", "float32"), help="of the VAE (default bfloat16)")
     text = "video frames to draw, or all (default: frame 0, and contact sheets over the whole clip)"
@@ -165,15 +165,41 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
     from wan_common.frame_views import rgb_decoder, vae_decoder
 
     model_id = args.model_id or RunDir(args.input_dir).read_config().get("model_id") or DEFAULT_MODEL
-    if args.decoder == "rgb":
+    if (args.decoder or choose_decoder(model_id)) == "rgb":
         from wan_common.latent_rgb import load_latent_rgb
 
-        return rgb_decoder(load_latent_rgb(find_model(model_id, ()).path))
+        folder = find_model(model_id, ()).path
+        try:
+            return rgb_decoder(load_latent_rgb(folder))
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} (or decode with --decoder vae)") from error
     from wan_common.mesh import prepare_jax
+
+    prepare_jax(args.jax_cache_dir)  # before the next line, which imports JAX: it reads JAX_PLATFORMS then
     from wan_common.vae import load_vae_decoder
 
-    prepare_jax(args.jax_cache_dir)
     return vae_decoder(load_vae_decoder(find_model(model_id, ("vae",)).path, args.dtype))
+
+
+def choose_decoder(model_id: str) -> Literal["rgb", "vae"]:
+    """What to decode with when nobody said: the linear preview, or the VAE of a model that has none (no published one has).
+
+    Raises:
+        ArtifactError: the model cannot be found, or has neither.
+    """
+    from wan_common.latent_rgb import FILE_NAME, fit_command
+
+    folder = find_model(model_id, ()).path
+    if (folder / FILE_NAME).exists():
+        return "rgb"
+    try:
+        find_model(model_id, ("vae",))
+    except ArtifactError as error:
+        found = f"{folder / FILE_NAME}: no linear preview for this model, and its VAE is not there either"
+        raise ArtifactError(f"{found}: {error}") from error
+    preview = f"for the faster linear preview run once: {fit_command(folder)}"
+    logger.info("%s has no %s, so its VAE decodes, as with --decoder vae; %s", model_id, FILE_NAME, preview)
+    return "vae"
 
 
 if __name__ == "__main__":

@@ -568,6 +568,28 @@ def test_config_file_and_flags_over_it(tmp_path: Path) -> None:
     assert (info["frames"], info["fps"], info["size"]) == (5, 8, (400, 300))
 
 
+def test_the_runs_folder_of_the_config_and_flags_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, word in (("a", "red"), ("b", "blue"), ("c", "green")):
+        store_clip(tmp_path / name, [word], steps=1, video=False)
+    config = tmp_path / "pipeline.yaml"
+
+    def listed(yaml_options: dict[str, object], *flags: str) -> str:
+        config.write_text(yaml.safe_dump(yaml_options))
+        visualize_attention.main(["--config", str(config), "--list", *flags])
+        return capsys.readouterr().out
+
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert "  red: " in listed({"input_dir": a, "model_id": "demo_model"})
+    assert "  blue: " in listed({"input_dir": a, "output_dir": b})  # stage 2 reads input_dir and writes the maps to output_dir
+    assert "  green: " in listed({"input_dir": a, "output_dir": b}, "--input_dir", c)
+    assert "  red: " in listed({"output_dir": b}, "--attention-dir", f"{a}/attention_maps")
+    visualize_attention.main(["--config", str(config), "--report", "--output_dir", str(tmp_path / "out")])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["attention_report.html"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["attention_maps"]  # the run itself is only read
+    args, looks = visualize_attention.parse_args([])
+    assert (args.input_dir, args.output_dir, looks) == (Path("stage_outputs"), None, VisualizationParams())
+
+
 def test_the_demo_config_has_every_key_and_the_guides_values() -> None:
     block = yaml.safe_load(Path("configs/attention_visualization_demo.yaml").read_text())["attention_analysis"]
     settings = AttentionSettings.from_mapping(block)
@@ -605,7 +627,7 @@ def test_report_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--token", "red", "--head", "1"], 2, "store_per_head: true"),
         (["--token", "red", "--step", "9"], 3, "step_009.npz: missing (steps 0 to 1 are there)"),
         (["--token", "red", "--original-video", "none.mp4"], 3, "none.mp4: no such video"),
-        (["--config", "none.yaml"], 2, "--config none.yaml: not readable as YAML"),
+        (["--config", "none.yaml"], 2, "--config none.yaml: No such file"),
         (["--attention-dir", "nowhere"], 3, "stage2_transformer.py with --store_attention"),
     ],
 )

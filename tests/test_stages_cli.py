@@ -353,6 +353,15 @@ def test_every_iteration_runs_all_steps(cli: Cli, run: Path, model: Path) -> Non
     assert log.count("seed 7, iteration") == 2 and "going on from step" not in log
 
 
+def test_preview_without_its_coefficients_is_refused_at_once(cli: Cli, run: Path, model: Path, tmp_path: Path) -> None:
+    other = copy_model(model, tmp_path / "other", "transformer")
+    (other / "latent_rgb.json").unlink(missing_ok=True)
+    flags = ["--model_id", str(other), "--preview_every", "1", "--seed", "3"]
+    message = cli.refused(3, "stage2_transformer.py", *again(run, model)["stage2_transformer.py"], *flags)
+    assert message.endswith(f"no linear preview for this model; fit it: python -m wan_common.latent_rgb --model_id {other}")
+    assert "transformer weights" not in cli.log
+
+
 def test_a_new_prompt_keeps_the_folders_model(cli: Cli, run: Path, model: Path) -> None:
     cli.ok("stage1_text_encoder.py", "--output_dir", run, "--prompt", "grass")
     assert json.loads((run / CONFIG).read_text())["model_id"] == str(model)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import shutil
 import threading
 import tracemalloc
 from pathlib import Path
@@ -17,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from matplotlib import colormaps
+from tiny_models import copy_model
 
 import visualize_frames
-from wan_common import frame_debug, frame_views
+from wan_common import frame_debug, frame_views, latent_rgb
 from wan_common.errors import ArtifactError, run_command
 from wan_common.frame_figures import SIGMA_BAR, PanelFigure, value_bar
 from wan_common.latent_rgb import latents_to_rgb, load_latent_rgb
@@ -588,6 +592,123 @@ def test_a_pipelines_yaml(tmp_path: Path) -> None:
         visualize_frames.parse_args(["--config", str(config)])
     args = visualize_frames.parse_args([])
     assert (args.input_dir, args.output_dir, args.dtype) == ("stage_outputs", "wan_visualization_output", "bfloat16")
+
+
+def test_the_page_names_every_flag_and_file(drawn: Path) -> None:
+    page = (MODEL.parent / "docs" / "FRAMES.md").read_text(encoding="utf-8")
+    flags = [flag for action in visualize_frames.build_parser()._actions for flag in action.option_strings]
+    assert [flag for flag in flags if f"`{flag}" not in page] == []
+    clips = (frame_debug.CLIPS_VIDEO, frame_debug.CLIPS_SHEET, frame_debug.CLIPS_PLOT)
+    names = [path.name for path in drawn.iterdir() if path.is_file()] + [frame_debug.INDEX, *clips]
+    kinds = {path.name.split("_t999")[0] for path in (drawn / "frame_debug").glob("*_t999_frame0.png")}
+    names += [f"{kind}_{{key}}_frame{{i}}.png" for kind in kinds] + ["final_frame{i}.png", "{name}_stats.json"]
+    assert len(names) == 14 and [name for name in names if name not in page] == []
+
+
+# ---- which decoder
+
+
+HUB_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+@pytest.fixture
+def plain_model(tmp_path: Path) -> Path:
+    """The demo model as hub models are published: without ``latent_rgb.json``."""
+    folder = copy_model(MODEL, tmp_path / "plain model")
+    (folder / latent_rgb.FILE_NAME).unlink()
+    return folder
+
+
+@pytest.fixture
+def cached_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same in a cache of the hub, as :data:`HUB_ID`."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    model = copy_model(MODEL, folder / "snapshots" / "0123abc")
+    (model / latent_rgb.FILE_NAME).unlink()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abc")
+    return model
+
+
+def decoder_named(*flags: str) -> str:
+    return visualize_frames.load_decoder(visualize_frames.parse_args([*flags])).name
+
+
+def pasted(message: str) -> list[str]:
+    """The command that ``message`` names, as a shell splits it."""
+    return shlex.split(message[message.index("python -m") :].split(" (or decode")[0])
+
+
+def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit on one clip instead of 24."""
+    fit = latent_rgb.fit_model
+    monkeypatch.setattr(latent_rgb, "fit_model", lambda folder: fit(folder, count=1))
+
+
+def test_without_a_preview_the_vae_decodes(cached_hub_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with_timesteps(tmp_path / "run" / "step_latents", [999])
+    argv = ["--input_dir", str(tmp_path / "run"), "--output_dir", str(tmp_path / "views"), "--model_id", HUB_ID]
+    with caplog.at_level(logging.INFO):
+        visualize_frames.main(argv)
+    said = [record.getMessage() for record in caplog.records if latent_rgb.FILE_NAME in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"{HUB_ID} has no latent_rgb.json, so its VAE decodes, as with --decoder vae; ")
+    assert pasted(said[0]) == ["python", "-m", "wan_common.latent_rgb", "--model_id", HUB_ID]
+    assert json.loads((tmp_path / "views" / "frame_debug" / "index.json").read_text())["decoder"] == "vae"
+    assert read_png(tmp_path / "views" / "frame_debug" / "final_frame0.png").shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_preview_that_is_there_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert decoder_named("--model_id", str(MODEL)) == "rgb"
+    assert not caplog.records
+
+
+def test_the_preview_that_was_asked_for_has_to_be_there(
+    plain_model: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "views"
+    argv = ["--input_dir", str(run), "--output_dir", str(out), "--model_id", str(plain_model), "--decoder", "rgb"]
+    assert run_command(visualize_frames.main, argv) == 3
+    message = capfd.readouterr().err.strip()
+    assert "latent_rgb.json: no linear preview for this model; fit it: python -m" in message
+    assert message.endswith(" (or decode with --decoder vae)") and not out.exists()
+    command = pasted(message)
+    assert command == ["python", "-m", "wan_common.latent_rgb", "--model_id", str(plain_model)]  # one word, with its space
+    quick_fit(monkeypatch)
+    latent_rgb.main(command[3:])
+    assert decoder_named("--model_id", str(plain_model), "--decoder", "rgb") == "rgb"
+    assert decoder_named("--model_id", str(plain_model)) == "rgb"
+
+
+def test_the_remedy_names_what_a_user_gives(cached_hub_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "copied" / "snapshots" / "0123abc"
+    shutil.copytree(cached_hub_model, elsewhere, symlinks=True)
+    for folder, name in ((cached_hub_model, HUB_ID), (elsewhere, str(elsewhere)), (Path("a folder"), "a folder")):
+        with pytest.raises(ArtifactError, match=r"no linear preview for this model; fit it") as caught:
+            load_latent_rgb(folder)
+        assert pasted(str(caught.value)) == ["python", "-m", "wan_common.latent_rgb", "--model_id", name]
+        assert "--decoder" not in str(caught.value)  # stage 2's --preview_every fails by it too, and has no such flag
+    with pytest.raises(ArtifactError, match=rf"--model_id {HUB_ID} \(or decode with --decoder vae\)"):
+        decoder_named("--model_id", HUB_ID, "--decoder", "rgb")
+    quick_fit(monkeypatch)
+    latent_rgb.main(["--model_id", HUB_ID])
+    assert decoder_named("--model_id", HUB_ID) == "rgb"
+
+
+def test_a_damaged_preview_is_an_error_and_not_passed_over(plain_model: Path) -> None:
+    (plain_model / latent_rgb.FILE_NAME).write_text("{}")
+    for flags in ([], ["--decoder", "rgb"]):
+        with pytest.raises(ArtifactError, match=r"not a file of preview coefficients .*fit it: .*--decoder vae"):
+            decoder_named("--model_id", str(plain_model), *flags)
+
+
+def test_neither_preview_nor_vae(plain_model: Path) -> None:
+    (plain_model / "vae").unlink()
+    with pytest.raises(ArtifactError, match=r"no linear preview for this model, and its VAE is not there.* no vae/ in it"):
+        decoder_named("--model_id", str(plain_model))
+    with pytest.raises(ArtifactError, match="no vae/ in it"):
+        decoder_named("--model_id", str(plain_model), "--decoder", "vae")
 
 
 # ---- live preview, and the VAE

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +47,9 @@ def load_latent_rgb(model_dir: str | Path) -> LatentRGB:
         ArtifactError: the file is missing or does not hold such coefficients; names the command that fits them.
     """
     path = Path(model_dir) / FILE_NAME
-    remedy = f"fit it: python -m wan_common.latent_rgb --model_id {model_dir}"
+    remedy = f"fit it: {fit_command(model_dir)}"
     if not path.is_file():
-        raise ArtifactError(f"{path}: no linear preview for this model; {remedy} (or decode with --decoder vae)")
+        raise ArtifactError(f"{path}: no linear preview for this model; {remedy}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         weights = np.asarray(data["weights"], np.float32)
@@ -60,6 +61,21 @@ def load_latent_rgb(model_dir: str | Path) -> LatentRGB:
         found = f"weights {list(weights.shape)} and bias {list(bias.shape)}{'' if finite else ' with NaN or infinity'}"
         raise ArtifactError(f"{path}: {found}, wanted finite [channels, 3] and [3]; {remedy}")
     return LatentRGB(weights, bias)
+
+
+def fit_command(model_dir: str | Path) -> str:
+    """The command that writes ``latent_rgb.json`` of a model folder, ready to be pasted in the repository's folder.
+
+    A folder in the hub's cache holds only what was asked of it, which need not be the VAE; it is named by its hub id, so
+    that the command fetches what is missing.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(model_dir)
+    store = folder.parent.parent  # a hub model's folder is CACHE/models--owner--name/snapshots/revision
+    cached = folder.parent.name == "snapshots" and store.parent == Path(constants.HF_HUB_CACHE)
+    name = store.name.removeprefix("models--").replace("--", "/") if cached else str(folder)
+    return f"python -m wan_common.latent_rgb --model_id {shlex.quote(name)}"
 
 
 def latents_to_rgb(latents: np.ndarray, coefficients: LatentRGB) -> np.ndarray:

@@ -340,6 +340,10 @@ def plan_denoise(options: Options) -> DenoisePlan:
         {**options.yaml.get("attention_analysis", {}), **({"store_attention": True} if keep.store_attention else {})}
     )
     _check_keep(options, keep, analysis)
+    if keep.preview_every:
+        from wan_common.latent_rgb import load_latent_rgb
+
+        load_latent_rgb(model.path)  # what it raises is said before weights are loaded, not after
     text_dim = _read_json_config(model.path / "transformer" / "config.json").get("text_dim", 4096)
     check_fits(embeddings, source, model, text_dim, run.force)
     if video.height <= 480 and "flow_shift" not in options.given and "flow_shift" not in defaults:
