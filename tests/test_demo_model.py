@@ -255,6 +255,15 @@ def test_generated_clips_show_what_was_asked() -> None:
     assert np.abs(clips[0].astype(int) - clips[1]).mean() > 2
 
 
+def test_a_colour_belongs_to_its_noun() -> None:
+    """A held-out caption, and its words with the two colours exchanged: a bag of words could not tell them apart."""
+    pipeline = WanPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pairs = (("blue", "green"), ("green", "blue"))
+    items = [captions.HeldOut(f"a {a} square moving left on a {b} background", 1, a, "square", b, "left") for a, b in pairs]
+    clips, _ = generate(pipeline, items, guidance=2.5, steps=12, watch=None)
+    assert [grade_clip(clip) for clip in clips] == [Seen(b, a, "square", "left") for a, b in pairs]
+
+
 def test_the_stages_show_what_was_asked(tmp_path: Path) -> None:
     """The same through generate.py: what the mp4 files show, and the stored attention maps (demo_model/grade_run.py)."""
     grade_run.main(["--limit", "3", "--output_dir", str(tmp_path / "run"), "--json", str(tmp_path / "grades.json")])
