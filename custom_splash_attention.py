@@ -423,7 +423,7 @@ _CHIPS = {
 # few that were compiled (docs/KERNEL.md): v4's vector memory is 16 MiB, v5e and v5p are at the MXU's limit already.
 _TABLE = {
     "v4": BlockSizes(1024, 1024, 512, 512),
-    "v5e": BlockSizes(1024, 2048, 512, 512),
+    "v5e": BlockSizes(1024, 8192, 1024, 1024),
     "v5p": BlockSizes(1024, 2048, 512, 512),
     "v6e": BlockSizes(2048, 4096, 1024, 1024),
     "tpu7x": BlockSizes(2048, 2048, 512, 512),

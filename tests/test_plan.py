@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import run_script
 
+import custom_splash_attention
 from wan_common.errors import ArtifactError, UsageError
 from wan_common.hlo import Collective, Kernel, expensive, parse, replica_groups, schedule, total
 from wan_common.mesh import MeshShape
@@ -193,7 +194,7 @@ def test_models_by_short_name_and_folder(demo_model: Path, tmp_path: Path) -> No
         model_configs(str(tmp_path))
 
 
-def test_the_cache_key_depends_on_what_decides_the_program() -> None:
+def test_the_cache_key_depends_on_what_decides_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
     request = Request(topology("v6e-8"), WAN_14B)
@@ -201,6 +202,10 @@ def test_the_cache_key_depends_on_what_decides_the_program() -> None:
     for change in ({"height": 480}, {"mesh": MeshShape(2, 1, 4)}, {"store_words": 2}, {"topology": topology("v6e-16")}):
         assert program_key(request, "denoise_step") != program_key(dataclasses.replace(request, **change), "denoise_step")
     assert program_key(request, "vae_decode") == program_key(dataclasses.replace(request, frames=17), "vae_decode")
+    keys = [program_key(dataclasses.replace(request, topology=topology(name)), "denoise_step") for name in ("v6e-8", "v5p-8")]
+    monkeypatch.setitem(custom_splash_attention._TABLE, "v5p", custom_splash_attention.BlockSizes(128, 128, 128, 128))
+    after = [program_key(dataclasses.replace(request, topology=topology(name)), "denoise_step") for name in ("v6e-8", "v5p-8")]
+    assert after[0] == keys[0] and after[1] != keys[1]
 
 
 def test_a_clip_is_its_calls() -> None:

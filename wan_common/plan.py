@@ -6,6 +6,7 @@ Predicted seconds = (estimated cycles of every scheduled fusion x its loop's tri
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import dataclasses
 import gzip
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What decides a compiled program, by stage; the analysis of its text is done anew each time.
 SOURCES = {
     "text_encoder": ("text_encoder", "pytrees"),
-    "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler", "../custom_splash_attention"),
+    "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler"),  # and kernel_source
     "vae_decode": ("vae",),
 }
 SHARED_SOURCES = ("sharding", "torchax_bridge")
@@ -132,7 +133,18 @@ def program_key(request: Request, stage: str) -> str:
     extra = [*(["attention_maps"] if request.store_words else []), *(["plan_baseline"] if request.baseline else [])]
     for source in (*SHARED_SOURCES, *SOURCES[stage], *(extra if stage == "denoise_step" else [])):
         digest.update((ROOT / "wan_common" / f"{source}.py").read_bytes())
+    if stage == "denoise_step":
+        digest.update(kernel_source(request.topology.chip).encode())
     return digest.hexdigest()[:32]
+
+
+def kernel_source(chip: str) -> str:
+    """``custom_splash_attention.py`` as far as it decides the programs of ``chip``: of its tables of block sizes only that row."""
+    import custom_splash_attention as kernel
+
+    tree = ast.parse((ROOT / "custom_splash_attention.py").read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("_TABLE", "_SHORT_TABLE"))]
+    return f"{ast.unparse(tree)}\n{kernel._TABLE[chip]} {kernel._SHORT_TABLE[chip]}"
 
 
 def program_file(request: Request, stage: str) -> Path:
