@@ -424,7 +424,7 @@ _CHIPS = {
 _TABLE = {
     "v4": BlockSizes(1024, 1024, 512, 512),
     "v5e": BlockSizes(1024, 8192, 1024, 1024),
-    "v5p": BlockSizes(1024, 2048, 512, 512),
+    "v5p": BlockSizes(512, 8192, 1024, 1024),
     "v6e": BlockSizes(2048, 4096, 1024, 1024),
     "tpu7x": BlockSizes(2048, 2048, 512, 512),
 }

@@ -218,6 +218,9 @@ def test_a_clip_is_its_calls() -> None:
 
 def test_the_compilers_refusal_is_read() -> None:
     assert needed_bytes("RESOURCE_EXHAUSTED: Used 40.50G of 31.25G hbm. Exceeded by 9.25G.") == int(40.5 * 2**30)
+    # 14B at 720p on v5e-8 without FSDP
+    message = "Ran out of memory on HBM, the total memory required for HLO temporaries (28.51G) exceeds available HBM (15.75G)."
+    assert needed_bytes(message) == int(28.51 * 2**30)
 
 
 def stage_plan(request: Request, gib: float, capacity: float = 31.25) -> StagePlan:

@@ -392,7 +392,8 @@ def needed_bytes(message: str) -> int:
     import re
 
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message) or re.search(r"requires ([\d.]+)([KMG])", message)
+    forms = (r"[Uu]sed ([\d.]+)([KMG]) of", r"requires ([\d.]+)([KMG])", r"required for HLO temporaries \(([\d.]+)([KMG])\)")
+    found = next((found for form in forms if (found := re.search(form, message))), None)
     return int(float(found.group(1)) * units[found.group(2)]) if found else 0
 
 
