@@ -422,7 +422,7 @@ _CHIPS = {
 # Long rows of keys. v6e: best of a search by static cycles of the whole grid at 75,600 tokens. The others are the best of the
 # few that were compiled (docs/KERNEL.md): v4's vector memory is 16 MiB, v5e and v5p are at the MXU's limit already.
 _TABLE = {
-    "v4": BlockSizes(1024, 1024, 512, 512),
+    "v4": BlockSizes(1024, 2048, 1024, 512),
     "v5e": BlockSizes(1024, 8192, 1024, 1024),
     "v5p": BlockSizes(512, 8192, 1024, 1024),
     "v6e": BlockSizes(2048, 4096, 1024, 1024),
@@ -449,6 +449,8 @@ def default_block_sizes(chip: str, length: int, head_dim: int = 128, kv_length: 
     """
     kv_length = length if kv_length is None else kv_length
     blocks = (_SHORT_TABLE if kv_length <= SHORT_KEYS else _TABLE)[_checked_chip(chip)]
+    if head_dim > 128 and kv_length > SHORT_KEYS:  # as many bytes a block of keys as the searched ones
+        blocks = dataclasses.replace(blocks, block_kv=max(blocks.block_kv // 2, blocks.block_kv_compute))
     if jnp.dtype(dtype) == jnp.float32:
         blocks = _FLOAT32
     # As few query blocks as the table's, but even ones: a last block of a few queries costs as much as a full one.

@@ -27,7 +27,7 @@ SELF_720P = KernelShape(heads=10, q_len=75600, kv_len=75600)  # 14B on tp 4: 40 
 
 # Least share of the structural roofline in the steady-state block with the default blocks, a little below what was
 # measured (docs/KERNEL.md). Above 1 the compiler's own model of a 128-deep array is the limit, not ours.
-LEAST_ROOFLINE = {"v4": 0.80, "v5e": 0.95, "v5p": 0.95, "v6e": 0.92, "tpu7x": 0.92}
+LEAST_ROOFLINE = {"v4": 0.94, "v5e": 0.95, "v5p": 0.95, "v6e": 0.92, "tpu7x": 0.92}
 
 COMPILE_VARIANTS = """
 import jax, jax.numpy as jnp, numpy as np
@@ -92,6 +92,11 @@ def test_default_blocks_compile_for_cross_attention(chip: str, empty_cache: Path
     cycles = splash_cycles(chip, KernelShape(heads=10, q_len=75600, kv_len=512))
     assert cycles.first == cycles.tail == cycles.redo == 0
     assert cycles.roofline > 0.3
+
+
+@pytest.mark.tpu_aot
+def test_default_blocks_of_wide_heads_fit_the_smallest_vector_memory(empty_cache: Path) -> None:
+    assert splash_cycles("v4", KernelShape(heads=2, q_len=20000, kv_len=20000, head_dim=256)).roofline > 0.9
 
 
 @pytest.mark.tpu_aot
