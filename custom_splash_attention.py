@@ -426,7 +426,7 @@ _TABLE = {
     "v5e": BlockSizes(1024, 8192, 1024, 1024),
     "v5p": BlockSizes(512, 8192, 1024, 1024),
     "v6e": BlockSizes(2048, 4096, 1024, 1024),
-    "tpu7x": BlockSizes(2048, 2048, 512, 512),
+    "tpu7x": BlockSizes(1024, 8192, 512, 512),
 }
 # Rows of keys that fit one block; v4 has 16 MiB of vector memory.
 _SHORT_TABLE = {chip: BlockSizes(1024 if chip == "v4" else 4096, SHORT_KEYS, SHORT_KEYS, SHORT_KEYS) for chip in _CHIPS}

@@ -27,7 +27,7 @@ SELF_720P = KernelShape(heads=10, q_len=75600, kv_len=75600)  # 14B on tp 4: 40 
 
 # Least share of the structural roofline in the steady-state block with the default blocks, a little below what was
 # measured (docs/KERNEL.md). Above 1 the compiler's own model of a 128-deep array is the limit, not ours.
-LEAST_ROOFLINE = {"v4": 0.94, "v5e": 0.95, "v5p": 0.95, "v6e": 0.92, "tpu7x": 0.92}
+LEAST_ROOFLINE = {"v4": 0.94, "v5e": 0.95, "v5p": 0.95, "v6e": 0.92, "tpu7x": 0.98}
 
 COMPILE_VARIANTS = """
 import jax, jax.numpy as jnp, numpy as np
