@@ -82,7 +82,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_default_blocks_compile_for_self_attention(chip: str, empty_cache: Path) -> None:
     cycles = splash_cycles(chip, SELF_720P)
     assert LEAST_ROOFLINE[chip] <= cycles.roofline < 1.1
-    assert cycles.step > 0 and cycles.tail < cycles.step
+    assert cycles.step > 0 and cycles.tail < 1.1 * cycles.step  # at most a whole block and its mask (v4: 1,872 of 2,048 keys)
     assert len(list(empty_cache.glob("*.json"))) == 1
 
 
