@@ -471,7 +471,7 @@ def test_embeddings_of_another_model(cli: Cli, run: Path, tmp_path: Path) -> Non
     other = build_tiny(tmp_path / "other", seed=1)
     message = cli.refused(3, "stage2_transformer.py", "--input_dir", run, "--model_id", other)
     assert f"{EMBEDDINGS}: made by the text encoder of" in message and f"differs from that of {other}" in message
-    assert f"rerun stage1_text_encoder.py --model_id {other} --output_dir {run}" in message
+    assert f"rerun stage1_text_encoder.py --model_id {other} --prompt '{PROMPT}' --output_dir {run}" in message
     wider = build_tiny(tmp_path / "wider", sizes=dataclasses.replace(TINY, text_dim=64))
     message = cli.refused(3, "stage2_transformer.py", "--input_dir", run, "--model_id", wider)
     length = DEFAULTS["max_sequence_length"]

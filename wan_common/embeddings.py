@@ -96,7 +96,8 @@ def check_fits(embeddings: Embeddings, run: RunDir, model: Model, text_dim: int,
         ArtifactError: another width than ``text_dim``, or made by another text encoder than the one in the model's folder.
     """
     path = run / EMBEDDINGS_NAME
-    prompts = f"--prompt {shlex.quote(embeddings.prompts[0])}" if len(embeddings.prompts) == 1 else "--prompts_file FILE"
+    typed = run.record(STAGE1).get("settings", {}).get("prompt", embeddings.prompts[0])  # with its (marks)
+    prompts = f"--prompt {shlex.quote(typed)}" if isinstance(typed, str) and len(embeddings.prompts) == 1 else "--prompts_file FILE"
     again = f"rerun stage1_text_encoder.py --model_id {model.model_id} {prompts} --output_dir {run.path}"
     if embeddings.prompt.shape[2] != text_dim:
         raise ArtifactError(
