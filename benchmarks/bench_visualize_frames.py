@@ -1,13 +1,12 @@
-"""Drawing a denoising, and what keeping it costs stage 2. Last line: JSON.
+"""Drawing a denoising (what keeping it costs stage 2: bench_stage2_extras.py). Last line: JSON.
 
-  python -m benchmarks.bench_visualize_frames [--steps 50] [--repeats 3] [--skip figures writer draw memory overhead]
+  python -m benchmarks.bench_visualize_frames [--steps 50] [--repeats 3] [--skip figures writer draw memory]
 
 - figures: one 10x10 picture by matplotlib alone (the ceiling's opposite), and by PanelFigure, and its PNG;
 - writer: how long StepLatentsWriter.step holds up the denoising at 720p, beside writing the same file in place;
 - draw: visualize_frames.py on clips of --steps steps at three sizes, a process each: seconds (goal: 30 on 2 idle cores),
   seconds of CPU with ffmpeg's, peak memory;
-- memory: the peak with five times the steps;
-- overhead: stage 2 on the demo model with and without --save_step_latents, in turn: seconds a step (goal: a ratio of 1.05).
+- memory: the peak with five times the steps.
 The clips are noise that turns into a pattern along the schedule, written by StepLatentsWriter: what is drawn does not matter here.
 """
 
@@ -147,50 +146,12 @@ def bench_draw(steps: int, size: str) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def bench_overhead(steps: int, repeats: int) -> dict[str, float]:
-    """Median seconds a step of stage 2 on the demo model, without and with step latents, in turn."""
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
-    with tempfile.TemporaryDirectory() as folder:
-        prompt = ["stage1_text_encoder.py", "--model_id", "demo_model", "--prompt", "a red circle moves left", "--output_dir", folder]
-        subprocess.run([sys.executable, *prompt], cwd=ROOT, check=True)
-        for _ in range(repeats + 1):  # the first of each fills the compilation cache
-            for name, kept in seconds.items():
-                flags = ["--save_step_latents"] if name == "with" else []
-                run = [
-                    "stage2_transformer.py",
-                    "--input_dir",
-                    folder,
-                    "--output_dir",
-                    folder,
-                    "--num_inference_steps",
-                    str(steps),
-                    "--force",
-                ]
-                subprocess.run([sys.executable, *run, *flags], cwd=ROOT, check=True)
-                record = json.loads((Path(folder) / "generation_config.json").read_text())["provenance"]["stage2"]
-                kept.append(per_step(record))
-    without, kept_too = (statistics.median(values[1:]) for values in seconds.values())
-    return {"without_s": round(without, 4), "with_s": round(kept_too, 4), "ratio": round(kept_too / without, 3)}
-
-
-def per_step(record: Any) -> float:
-    """The ``per_step`` seconds somewhere in stage 2's provenance."""
-    if isinstance(record, dict):
-        if isinstance(record.get("per_step"), float):
-            return record["per_step"]
-        record = list(record.values())
-    for entry in record if isinstance(record, list) else ():
-        if (found := per_step(entry)) == found:
-            return found
-    return float("nan")
-
-
 def main() -> None:
     """Run what was asked for and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=("figures", "writer", "draw", "memory", "overhead"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=("figures", "writer", "draw", "memory"))
     parser.add_argument("--draw", help=argparse.SUPPRESS)
     parser.add_argument("--size", choices=tuple(SIZES), default="demo", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -203,7 +164,6 @@ def main() -> None:
         "writer": lambda: bench_writer(args.repeats),
         "draw": lambda: {size: bench_draw(args.steps, size) for size in SIZES},
         "memory": lambda: {f"{n}_steps": bench_draw(n, "480p")["peak_mib"] for n in (10, 50)},
-        "overhead": lambda: bench_overhead(args.steps, args.repeats),
     }
     for name, part in parts.items():
         if name not in args.skip:

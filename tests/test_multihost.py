@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
 
+from wan_common import multihost
+from wan_common.errors import UsageError
 from wan_common.tensor_io import load_tensors
 
 STEPS = ["--num_inference_steps", "3", "--frames", "5", "--height", "64", "--width", "64", "--dtype", "float32"]
@@ -86,3 +89,12 @@ def test_a_dead_process_ends_the_other_with_a_message(encoded: Path, tmp_path: P
     finally:
         for process in pair:
             process.kill()
+
+
+def test_a_slice_of_several_hosts_without_distributed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    multihost.check_initialized()  # one process
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UsageError, match="these devices belong to 4 processes: add --distributed, on every host"):
+        multihost.check_initialized()
+    monkeypatch.setitem(multihost._state, "initialized", True)
+    multihost.check_initialized()

@@ -212,7 +212,7 @@ class ClipRunner:
         return self.denoiser.put_state(initial_state(noise, self.table.order)), 0
 
     def _missing_before(self, clip: Clip, targets: list[tuple[bool, list[Target]]], start: int) -> str | None:
-        """What was asked for but was not being kept when the checkpoint was written; None when all is there."""
+        """Why what was asked for is not there up to the checkpoint's step ``start``; None when all is there."""
         folder = self.output_dir / step_latents_name(clip.suffix)
         if self.keep.step_latents and steps_on_disk(folder, clip.job.fingerprint, self.keep.step_latents) < start:
             return "step latents of the steps before it are not there"

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from wan_common.atomic import atomic_path
@@ -207,11 +208,11 @@ def splash_cycles(
 
 def _digest(request: dict) -> str:
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
-    key = [SCHEMA, request, versions, os.environ.get("LIBTPU_INIT_ARGS", ""), _kernel_code()]
+    key = [SCHEMA, request, versions, os.environ.get("LIBTPU_INIT_ARGS", ""), kernel_code(NOT_KERNEL)]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-# Names in the kernel's module that choose or check what a request already says.
+# Names in the kernel's module that choose or check what a request already says: its bundles do not depend on them.
 NOT_KERNEL = {
     "_TABLE",
     "_SHORT_TABLE",
@@ -225,10 +226,10 @@ NOT_KERNEL = {
 }
 
 
-def _kernel_code() -> str:
-    """The kernel's source without comments, docstrings, annotations and :data:`NOT_KERNEL`: what its bundles depend on."""
+def kernel_code(without: Collection[str]) -> str:
+    """The kernel's source without comments, docstrings, annotations and the top-level names in ``without``, for cache keys."""
     tree = ast.parse((ROOT / "custom_splash_attention.py").read_text())
-    tree.body = [node for node in tree.body if not _names(node) & NOT_KERNEL]
+    tree.body = [node for node in tree.body if not _names(node) & set(without)]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()

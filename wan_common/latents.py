@@ -101,10 +101,14 @@ def load_latents(run: RunDir, path: Path, force: bool = False) -> Latents:
     return latents
 
 
+def making_command(run: RunDir) -> str:
+    """``run stage2_transformer.py`` with the folders it read and wrote, as far as ``run`` remembers them."""
+    return f"run stage2_transformer.py --input_dir {run.record(STAGE2).get('read_from', run.path)} --output_dir {run.path}"
+
+
 def _check_provenance(run: RunDir, path: Path, latents: Latents) -> None:
     record = run.record(STAGE2)
-    source = record.get("read_from", run.path)
-    mend = f"{REMEDY} --input_dir {source} --output_dir {run.path}, or decode it as it is with --force"
+    mend = f"re{making_command(run)}, or decode it as it is with --force"
     entry = record.get("outputs", {}).get(path.name)
     if entry is None:
         raise ArtifactError(f"{path}: {CONFIG_NAME} beside it does not know this file; {mend}")

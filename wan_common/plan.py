@@ -6,7 +6,6 @@ Predicted seconds = (estimated cycles of every scheduled fusion x its loop's tri
 
 from __future__ import annotations
 
-import ast
 import concurrent.futures
 import dataclasses
 import gzip
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from wan_common.atomic import atomic_path
 from wan_common.errors import UsageError, WanError, setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
-from wan_common.kernel_cycles import KernelShape, splash_cycles
+from wan_common.kernel_cycles import KernelShape, kernel_code, splash_cycles
 from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh
 from wan_common.plan_kernels import norm_rope_seconds
 from wan_common.published import ModelConfigs
@@ -42,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What decides a compiled program, by stage; the analysis of its text is done anew each time.
 SOURCES = {
     "text_encoder": ("text_encoder", "pytrees"),
-    "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler"),  # and kernel_source
+    "denoise_step": ("attention", "denoiser", "rope_kernel", "scheduler"),  # and _kernel_source
     "vae_decode": ("vae",),
 }
 SHARED_SOURCES = ("sharding", "torchax_bridge")
@@ -134,17 +133,15 @@ def program_key(request: Request, stage: str) -> str:
     for source in (*SHARED_SOURCES, *SOURCES[stage], *(extra if stage == "denoise_step" else [])):
         digest.update((ROOT / "wan_common" / f"{source}.py").read_bytes())
     if stage == "denoise_step":
-        digest.update(kernel_source(request.topology.chip).encode())
+        digest.update(_kernel_source(request.topology.chip).encode())
     return digest.hexdigest()[:32]
 
 
-def kernel_source(chip: str) -> str:
+def _kernel_source(chip: str) -> str:
     """``custom_splash_attention.py`` as far as it decides the programs of ``chip``: of its tables of block sizes only that row."""
     import custom_splash_attention as kernel
 
-    tree = ast.parse((ROOT / "custom_splash_attention.py").read_text())
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("_TABLE", "_SHORT_TABLE"))]
-    return f"{ast.unparse(tree)}\n{kernel._TABLE[chip]} {kernel._SHORT_TABLE[chip]}"
+    return f"{kernel_code(('_TABLE', '_SHORT_TABLE'))} {kernel._TABLE[chip]} {kernel._SHORT_TABLE[chip]}"
 
 
 def program_file(request: Request, stage: str) -> Path:

@@ -434,8 +434,9 @@ def denoise(plan: DenoisePlan, runner: ClipRunner, after_clip: Callable[[Clip, P
             logger.info("seed %d: %s is there already", clip.seed, path)
         else:
             for iteration in range(bench.num_iterations):
-                if iteration:
-                    runner.forget(clip)  # or it would go on from the last iteration's checkpoint
+                if iteration:  # it would go on from the last iteration's checkpoint
+                    runner.forget(clip)
+                    multihost.barrier("iteration")
                 profile = Path(bench.profiler_output_dir) if bench.profile and not per_clip and iteration == 0 else None
                 latents, details = runner.run(clip, profile)
                 logger.info("seed %d, iteration %d: %s", clip.seed, iteration, details["seconds"])
@@ -479,7 +480,7 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
         UsageError, ArtifactError, NumericalError: see the functions it calls.
     """
     from wan_common.attention_maps import AttentionSettings
-    from wan_common.latents import load_latents
+    from wan_common.latents import load_latents, making_command
 
     run, source = options.get(RunOptions), RunDir(options.get(InputOptions).input_dir)
     analysis = AttentionSettings.from_mapping(options.yaml.get("attention_analysis", {}))
@@ -487,9 +488,7 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     names = sorted(source.record(STAGE2).get("outputs", {})) or [latents_name("")]
     missing = [name for name in names if not (source / name).is_file()]
     if missing:
-        read_from = source.record(STAGE2).get("read_from", source.path)
-        remedy = f"run stage2_transformer.py --input_dir {read_from} --output_dir {source.path} first"
-        raise ArtifactError(f"{source / missing[0]}: not there; {remedy}")
+        raise ArtifactError(f"{source / missing[0]}: not there; {making_command(source)} first")
     loaded = [(name, load_latents(source, source / name, run.force)) for name in names]
     model = find_model(run.model_id or config.get("model_id") or DEFAULT_MODEL, ("vae",))
     fps = options.get(FpsOptions, {"fps": config["fps"]} if "fps" in config else read_model_defaults(model.path)).fps

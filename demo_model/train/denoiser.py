@@ -119,7 +119,7 @@ def _initialise(model: WanTransformer3DModel) -> None:
 
 @torch.no_grad()
 def _initialise_text(model: UMT5EncoderModel) -> None:
-    """The heads of each layer start by looking at the next word, the previous one, the one after the next, and at all.
+    """The heads of each layer start by looking at the next word, the previous one, the one after the next, and at all alike.
 
     A colour's noun is its next word. Left to chance, the encoder stayed a bag of words (docs/LOG.md).
     """
