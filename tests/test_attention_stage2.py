@@ -23,10 +23,10 @@ from wan_common.errors import run_command
 from wan_common.tensor_io import load_tensors
 
 # What is compared, the bound (issue 4), what was observed on 2 CPU cores.
-MAPS_ABSOLUTE = 1e-3  # fp32, a head of a block: 9.4e-6; averaged: 4.6e-6 on one device, 2.0e-6 on eight
-MASS_ABSOLUTE = 1e-3  # 4.4e-6
-BF16_ABSOLUTE = 5e-3  # averaged over blocks and heads: 1.1e-4 in the first step; query and key are bf16 there
-FLOPS_RATIO = 1.25  # 1.05 with four words, at 180 image tokens and 512 text tokens
+MAPS_ABSOLUTE = 1e-3  # fp32, a head of a block: 1.0e-5; averaged: 2.2e-6 on one device and on eight
+MASS_ABSOLUTE = 1e-3  # 5.1e-6
+BF16_ABSOLUTE = 5e-3  # averaged over blocks and heads: 9.4e-4 in the first step; query and key are bf16 there
+FLOPS_RATIO = 1.25  # 1.06 with four words, at 180 image tokens and 512 text tokens
 STEPS, HEIGHT, WIDTH, FRAMES, GUIDANCE = 3, 64, 96, 5, 5.0
 GRID = (2, 4, 6)
 PROMPT, NEGATIVE = "a (red) circle and a red skateboarder", "blurry red"
