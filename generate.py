@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         decoder = stages.load_vae(plan)
         stages.denoise(plan, runner, lambda clip, path: stages.decode_clip(plan, decoder, path, video_of[clip.suffix], options))
     decode = stages.plan_decode(options, video_of)
-    decode.mesh, decode.devices = plan.mesh, plan.devices
+    decode.use_mesh(decoder.mesh)
     decode.save({})
     stages.draw_batch_attention(plan.output.path, plan.analysis)
 

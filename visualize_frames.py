@@ -164,7 +164,8 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
     """
     from wan_common.frame_views import rgb_decoder, vae_decoder
 
-    model_id = args.model_id or RunDir(args.input_dir).read_config().get("model_id") or DEFAULT_MODEL
+    config = RunDir(args.input_dir).read_config()
+    model_id = args.model_id or config.get("model_id") or DEFAULT_MODEL
     if (args.decoder or choose_decoder(model_id)) == "rgb":
         from wan_common.latent_rgb import load_latent_rgb
 
@@ -173,12 +174,15 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             return rgb_decoder(load_latent_rgb(folder))
         except ArtifactError as error:
             raise ArtifactError(f"{error} (or decode with --decoder vae)") from error
-    from wan_common.mesh import prepare_jax
+    from wan_common.mesh import make_mesh, picture_mesh_shape, prepare_jax
 
-    prepare_jax(args.jax_cache_dir)  # before the next line, which imports JAX: it reads JAX_PLATFORMS then
+    prepare_jax(args.jax_cache_dir)  # before the next lines, which import JAX: it reads JAX_PLATFORMS then
+    import jax
+
     from wan_common.vae import load_vae_decoder
 
-    return vae_decoder(load_vae_decoder(find_model(model_id, ("vae",)).path, args.dtype))
+    shape = picture_mesh_shape(len(jax.devices()), config.get("height", 480) // 8, config.get("width", 832) // 8)
+    return vae_decoder(load_vae_decoder(find_model(model_id, ("vae",)).path, args.dtype, make_mesh(shape)))
 
 
 def choose_decoder(model_id: str) -> Literal["rgb", "vae"]:

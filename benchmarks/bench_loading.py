@@ -3,7 +3,7 @@
   python -m benchmarks.bench_loading [--repeats 3] [--layers 30] [--folder DIR]
 
 Each load runs in a process of its own; the time is from the call to weights that are resident (every page touched). The peak is
-of the memory that is not backed by files (RssAnon, sampled every 5 ms), above the weights themselves.
+of all resident memory (VmRSS, mapped files included; sampled every 5 ms), above the weights themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 
 class PeakMemory(threading.Thread):
-    """Samples this process's anonymous resident memory; ``peak`` is in bytes."""
+    """Samples this process's resident memory; ``peak`` is in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -30,11 +30,11 @@ class PeakMemory(threading.Thread):
 
     @staticmethod
     def read() -> int:
-        """RssAnon in bytes."""
+        """VmRSS in bytes."""
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon"):
+            if line.startswith("VmRSS"):
                 return int(line.split()[1]) * 1024
-        raise RuntimeError("no RssAnon in /proc/self/status")
+        raise RuntimeError("no VmRSS in /proc/self/status")
 
     def run(self) -> None:
         while self.running:

@@ -118,12 +118,12 @@ def decode_once(folder: str, frames: int) -> None:
     import numpy as np
 
     from wan_common.latents import Latents
-    from wan_common.mesh import prepare_jax
+    from wan_common.mesh import MeshShape, make_mesh, prepare_jax
     from wan_common.stages import decode_video
     from wan_common.vae import load_vae_decoder
 
     prepare_jax()
-    decoder = load_vae_decoder(Path(folder), "float32")
+    decoder = load_vae_decoder(Path(folder), "float32", make_mesh(MeshShape()))
     values = np.random.default_rng(0).standard_normal((1, 16, (frames - 1) // 4 + 1, PICTURE // 8, PICTURE // 8)).astype(np.float32)
     decode_video(decoder, Latents(values, {}, {}, {}, "", "", ""), Path(folder) / f"{frames}.mp4", 16)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

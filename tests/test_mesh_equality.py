@@ -15,7 +15,7 @@ from wan_common.attention import self_attention_layout
 from wan_common.denoiser import Denoiser, build_denoiser, read_config
 from wan_common.errors import UsageError
 from wan_common.latents import draw_noise
-from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh, prepare_jax
+from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh, picture_mesh_shape, prepare_jax
 from wan_common.scheduler import initial_state, load_scheduler, step_table
 from wan_common.vae import load_vae_decoder
 
@@ -90,20 +90,35 @@ def test_weights_are_really_split(model: Path) -> None:
         assert weight.sharding.shard_shape(weight.shape) == wanted, (shape, fsdp)
 
 
-@pytest.mark.parametrize(("height", "width", "axis"), [(32, 64, 3), (64, 48, 2)], ids=["by width", "by height"])
-def test_vae_agrees(model: Path, height: int, width: int, axis: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"), [(32, 64, 1, 8), (64, 48, 4, 2), (96, 96, 2, 4), (64, 56, 8, 1)]
+)  # fmt: skip
+def test_vae_agrees(model: Path, height: int, width: int, rows: int, columns: int) -> None:
     latents = np.random.default_rng(1).standard_normal((1, 16, 2, height // 8, width // 8)).astype(np.float32)
     decoded = []
     for devices in (1, 8):
-        decoder = load_vae_decoder(model, "float32", make_mesh(MeshShape(sp=devices), jax.devices()[:devices]))
+        shape = picture_mesh_shape(devices, height // 8, width // 8)
+        decoder = load_vae_decoder(model, "float32", make_mesh(shape, jax.devices()[:devices]))
         decoded.append(np.concatenate(list(decoder.decode(latents))))
         if devices == 8:
             split = decoder.picture_sharding(height // 8, width // 8).shard_shape((1, 16, 1, height // 8, width // 8))
-            assert split[axis + 1] == (height, width)[axis - 2] // 8 // 8
+            assert split[3:] == (height // 8 // rows, width // 8 // columns)
     one, eight = decoded
     assert one.shape == (5, height, width, 3) and one.std() > 1
     difference = np.abs(one.astype(int) - eight.astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # only where fp32 sums fall on either side of a half
+
+
+@pytest.mark.parametrize(
+    ("devices", "height", "width", "wanted"),
+    [
+        (8, 480, 832, MeshShape(1, 8, 1)), (16, 480, 832, MeshShape(1, 8, 2)), (16, 720, 1280, MeshShape(1, 16, 1)),
+        (8, 832, 480, MeshShape(1, 4, 2)), (6, 96, 96, MeshShape(1, 6, 1)), (5, 96, 96, MeshShape(5, 1, 1)), (1, 96, 96, MeshShape()),
+        (16, 96, 96, MeshShape(1, 4, 4)), (32, 480, 832, MeshShape(1, 8, 4)), (64, 480, 832, MeshShape(2, 8, 4)),
+    ],
+)  # fmt: skip
+def test_the_vaes_mesh(devices: int, height: int, width: int, wanted: MeshShape) -> None:
+    assert picture_mesh_shape(devices, height // 8, width // 8) == wanted
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import math
@@ -364,13 +365,15 @@ def build_denoiser(
     if config.get("added_kv_proj_dim") is not None or config.get("image_dim") is not None:
         raise ArtifactError("transformer: an image-to-video model (added_kv_proj_dim); choose a text-to-video one with --model_id")
     # tokens after patch embedding; VAE factors 4 and 8 are Wan 2.1's
-    model = meta_module(lambda: WanTransformer3DModel.from_config(config))
+    layers = config.get("num_layers", inspect.signature(WanTransformer3DModel).parameters["num_layers"].default)
+    model = meta_module(lambda: WanTransformer3DModel.from_config({**config, "num_layers": 1}))  # the scan needs one block
     cfg = model.config
     latent_shape = (1, cfg.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8)
     tokens = math.prod(n // p for n, p in zip(latent_shape[2:], cfg.patch_size, strict=True))
     permutation = halves_permutation(cfg.num_attention_heads, cfg.attention_head_dim)
     plan = plan_weights(
-        model, "blocks", TRANSFORMER_RULES, mesh, dtype, fsdp=fsdp, keep_fp32=tuple(WanTransformer3DModel._keep_in_fp32_modules),
+        model, "blocks", TRANSFORMER_RULES, mesh, dtype, fsdp=fsdp, blocks=layers,
+        keep_fp32=tuple(WanTransformer3DModel._keep_in_fp32_modules),
         permute_rows=lambda name: permutation if re.search(r"\.attn1\.(to|norm)_[qk]\.", name) else None,
     )  # fmt: skip
     shards = mesh.shape["sp"] * mesh.shape["tp"]

@@ -26,7 +26,7 @@ from wan_common.atomic import atomic_path
 from wan_common.errors import UsageError, WanError, setup_logging
 from wan_common.hlo import Kernel, Totals, schedule, size_of, total
 from wan_common.kernel_cycles import KernelShape, kernel_code, splash_cycles
-from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh
+from wan_common.mesh import MeshShape, choose_mesh_shape, make_mesh, picture_mesh_shape
 from wan_common.plan_kernels import norm_rope_seconds
 from wan_common.published import ModelConfigs
 from wan_common.tpu_topology import LINKS, Network, Topology, describe, larger
@@ -125,7 +125,7 @@ def program_key(request: Request, stage: str) -> str:
     config = {"text_encoder": request.model.text_encoder, "denoise_step": request.transformer, "vae_decode": request.model.vae}[stage]
     key = {
         "schema": SCHEMA, "stage": stage, "config": config, "versions": versions, "libtpu_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        **{name: fields[name] for name in relevant}, "mesh": str(request.mesh_shape) if stage != "vae_decode" else "",
+        **{name: fields[name] for name in relevant}, "mesh": str(stage_mesh_shape(request, stage)),
         "make_mesh": inspect.getsource(make_mesh),  # not the whole file: which mesh is the default does not decide a program
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
@@ -185,7 +185,7 @@ def _compile(request: Request, stage: str) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error).lower():
                 raise StageCompileError(
-                    f"{stage} on {request.topology.name} as {request.mesh_shape}: the TPU compiler fails, and would on the slice: "
+                    f"{stage} on {request.topology.name} as {mesh_text(request, stage)}: the TPU compiler fails, and would on the slice: "
                     f"{str(error).splitlines()[0][:300]}; choose another mesh (leave --dp, --sp_num and --tp out for the default)"
                 ) from error
             if "of memory in memory space vmem" in str(error):
@@ -204,8 +204,22 @@ def _compile(request: Request, stage: str) -> Compiled:
 
 def stage_mesh(request: Request, stage: str) -> Mesh:
     """The mesh a stage runs on: the VAE splits the picture over all devices."""
-    shape = MeshShape(sp=request.topology.devices) if stage == "vae_decode" else request.mesh_shape
-    return make_mesh(shape, describe(request.topology))
+    return make_mesh(stage_mesh_shape(request, stage), describe(request.topology))
+
+
+def stage_mesh_shape(request: Request, stage: str) -> MeshShape:
+    """:func:`stage_mesh`'s shape."""
+    if stage == "vae_decode":
+        return picture_mesh_shape(request.topology.devices, request.height // 8, request.width // 8)
+    return request.mesh_shape
+
+
+def mesh_text(request: Request, stage: str) -> str:
+    """The mesh as tables show it; the VAE's as rows x columns of the picture."""
+    shape = stage_mesh_shape(request, stage)
+    if stage != "vae_decode":
+        return str(shape)
+    return f"picture {shape.tp} x {shape.sp}" + (f", {shape.dp} copies" if shape.dp > 1 else "")
 
 
 def stage_program(request: Request, stage: str, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -354,7 +368,7 @@ def plan_stage(request: Request, stage: str, use_cache: bool = True) -> StagePla
     """Compile ``stage`` (or take it from the cache) and read it."""
     compiled = compiled_stage(request, stage, use_cache)
     capacity = request.topology.hbm_bytes
-    mesh = f"sp {request.topology.devices} (picture)" if stage == "vae_decode" else str(request.mesh_shape)
+    mesh = mesh_text(request, stage)
     if compiled.error:
         needed = needed_bytes(compiled.error)
         return StagePlan(

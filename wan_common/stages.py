@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from wan_common.denoise_run import Clip, ClipRunner
     from wan_common.embeddings import Embeddings
     from wan_common.latents import Latents
+    from wan_common.mesh import MeshShape
     from wan_common.text_encoder import TextEncoder
     from wan_common.torchax_bridge import Params
     from wan_common.vae import VaeDecoder
@@ -99,21 +100,31 @@ class StagePlan:
 
     def start_devices(self, batch: int = 2) -> Mesh:
         """Initialise JAX and lay the mesh out for ``batch`` rows; logs what was found."""
-        from wan_common.mesh import choose_mesh_shape, describe_devices, make_mesh, prepare_jax
+        from wan_common.mesh import make_mesh, prepare_jax
 
         prepare_jax(self.run.jax_cache_dir)
         multihost.initialize(self.run.distributed)
         import jax
 
-        options = self.mesh_options
-        shape = choose_mesh_shape(
-            len(jax.devices()), batch, use_dp=options.use_dp, dp=options.dp, sp=options.sp_num, tp=options.tp
-        )
+        shape = self.mesh_shape(len(jax.devices()), batch)
         multihost.check_initialized()
-        self.mesh = make_mesh(shape)
-        self.devices = {**describe_devices(), "mesh": str(shape)}
+        self.use_mesh(make_mesh(shape))
         logger.info("%s device(s) of kind %s, mesh %s", self.devices["count"], self.devices["kind"], shape)
         return self.mesh
+
+    def mesh_shape(self, devices: int, batch: int) -> MeshShape:
+        """The mesh for ``devices`` and ``batch`` rows, as the flags ask."""
+        from wan_common.mesh import choose_mesh_shape
+
+        options = self.mesh_options
+        return choose_mesh_shape(devices, batch, use_dp=options.use_dp, dp=options.dp, sp=options.sp_num, tp=options.tp)
+
+    def use_mesh(self, mesh: Mesh) -> None:
+        """Run on ``mesh``, and say so in the provenance."""
+        from wan_common.mesh import MeshShape, describe_devices
+
+        self.mesh = mesh
+        self.devices = {**describe_devices(), "mesh": str(MeshShape(**mesh.shape))}
 
     def prepare_output(self) -> None:
         """Make the output folder ready, before anything expensive starts."""
@@ -246,6 +257,11 @@ class DenoisePlan(StagePlan):
     def guidance(self) -> bool:
         """Whether the negative prompt is used (diffusers: guidance_scale > 1)."""
         return self.video.guidance_scale > 1
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the clips in latent pixels."""
+        return self.video.height // 8, self.video.width // 8
 
     def clips(self) -> list[Clip]:
         """What to denoise, in order; suffixes name only what tells clips apart."""
@@ -462,6 +478,18 @@ class DecodePlan(StagePlan):
     bench: BenchOptions = BenchOptions()
     analysis: AttentionSettings = dataclasses.field(default=None)  # type: ignore[assignment]
 
+    def mesh_shape(self, devices: int, batch: int) -> MeshShape:
+        """The picture over all devices."""
+        from wan_common.mesh import picture_mesh_shape
+
+        return picture_mesh_shape(devices, *self.latent_size)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the clips in latent pixels."""
+        height, width = self.latents[0][1].values.shape[3:]
+        return height, width
+
     def save(self, timings: dict[str, Any]) -> None:
         """Write the provenance of all videos."""
         if multihost.is_writer():
@@ -510,12 +538,14 @@ def plan_decode(options: Options, video_of: dict[str, Path] | None = None) -> De
     )  # fmt: skip
 
 
-def load_vae(plan: StagePlan) -> VaeDecoder:
-    """Build the VAE decoder over all devices and stream its weights."""
+def load_vae(plan: DenoisePlan | DecodePlan) -> VaeDecoder:
+    """Build the VAE decoder over all devices for the plan's pictures and stream its weights."""
+    from wan_common.mesh import make_mesh, picture_mesh_shape
     from wan_common.vae import load_vae_decoder
 
     plan.prepare_output()
-    return load_vae_decoder(plan.model.path, plan.run.dtype, plan.mesh)
+    mesh = make_mesh(picture_mesh_shape(plan.mesh.size, *plan.latent_size))
+    return load_vae_decoder(plan.model.path, plan.run.dtype, mesh)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ tensor straight into the memory of its device shard (:meth:`SafetensorsReader.re
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,15 @@ class SafetensorsReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def map(self) -> np.ndarray:
+        """The whole file as read-only uint8, mapped; it stays mapped, after :meth:`close` too, while somebody holds the array."""
+        return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor ``name`` as a new array."""

@@ -28,6 +28,7 @@ from torchax.interop import jax_view, torch_view
 from tqdm import tqdm
 
 from wan_common.errors import ArtifactError
+from wan_common.mapped_weights import FileMaps, MappedStack
 from wan_common.sharding import Rule, weight_spec
 from wan_common.tensor_io import SafetensorsReader
 
@@ -92,6 +93,11 @@ class ScannedBlocks(torch.nn.Module):
         """Use ``stacked`` (names relative to a block, leading axis = blocks) in the next call."""
         self._stacked = stacked
 
+    @staticmethod
+    def _cut(stacked: Params, rows: Params) -> Params:
+        """One block's weights: those of ``stacked`` that are mapped files are cut out of them."""
+        return {name: w.block(rows[name]) if isinstance(w := stacked[name], MappedStack) else rows[name] for name in stacked}
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run all blocks on ``hidden_states``; the other arguments go to every block."""
         stacked, self._stacked = self._stacked, None
@@ -105,7 +111,8 @@ class ScannedBlocks(torch.nn.Module):
             return (self._between(x) if self._between else x), (self.collect() if self.collect else None)
 
         if self._gather is None:
-            x, self.collected = jax.lax.scan(run, x, stacked)
+            rows = {name: w.places if isinstance(w, MappedStack) else w for name, w in stacked.items()}
+            x, self.collected = jax.lax.scan(lambda x, row: run(x, self._cut(stacked, row)), x, rows)
         else:
             gather = self._gather
 
@@ -152,6 +159,7 @@ def plan_weights(
     keep_fp32: tuple[str, ...] = (),
     skip: tuple[str, ...] = (),
     permute_rows: Callable[[str], np.ndarray | None] = lambda name: None,
+    blocks: int | None = None,
 ) -> dict[str, Weight]:
     """What to load, as what and where: one entry a parameter or buffer; blocks under ``blocks_prefix`` stacked under ``*``.
 
@@ -161,6 +169,7 @@ def plan_weights(
         dtype: "bfloat16" or "float32"; names with a part in ``keep_fp32`` stay float32 (diffusers' rule).
         skip: names that are not wanted (tied weights).
         permute_rows: starred name -> permutation of the first axis, or None.
+        blocks: how many blocks the checkpoint has, where ``model`` was built with one.
     """
     groups: dict[str, list[tuple[str, torch.Tensor]]] = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -173,14 +182,17 @@ def plan_weights(
     for starred, members in groups.items():
         stacked = "*" in starred
         tensor = members[0][1]
-        shape = ((len(members),) if stacked else ()) + tuple(tensor.shape)
+        sources = tuple(name for name, _ in members)
+        if stacked and blocks is not None:
+            sources = tuple(starred.replace("*", str(number)) for number in range(blocks))
+        shape = ((len(sources),) if stacked else ()) + tuple(tensor.shape)
         kept = any(part in keep_fp32 for part in starred.split("."))
         spec = weight_spec(rules, starred, shape, mesh, fsdp=fsdp, stacked=stacked)
         struct = jax.ShapeDtypeStruct(
             shape, np.dtype(np.float32) if kept else DTYPES[dtype], sharding=NamedSharding(mesh, spec)
         )
         value = None if tensor.is_meta else tensor.detach().numpy()
-        plan[starred] = Weight(struct, tuple(n for n, _ in members), stacked, permute_rows(starred), value)
+        plan[starred] = Weight(struct, sources, stacked, permute_rows(starred), value)
     return plan
 
 
@@ -214,6 +226,7 @@ class Checkpoint:
             raise ArtifactError(f"{folder}: no *.safetensors weights found; {remedy}")
         self.folder = folder
         self.readers = [SafetensorsReader(folder / name, remedy) for name in files]
+        self.maps = FileMaps()
         self.where = {name: reader for reader in self.readers for name in reader.tensors}
 
     def __enter__(self) -> Checkpoint:
@@ -254,8 +267,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def load_weights(plan: dict[str, Weight], folder: Path, progress: str) -> Params:
     """Stream the weights of ``plan`` from ``folder`` into their device shards.
 
-    Each process reads only what its devices hold. A shard is filled in place, block by block, from the page cache, so that
-    the memory above the weights themselves stays at one source tensor (plus, off the CPU, one shard on its way to the device).
+    Each process reads only what its devices hold. One CPU device gets the blocks' weights as they lie in the files, mapped
+    (wan_common.mapped_weights), when their dtype is the computation's. Otherwise a shard is filled in place, block by block, from
+    the page cache, so that the memory above the weights themselves stays at one source tensor (plus, off the CPU, one shard on its
+    way to the device).
 
     Raises:
         ArtifactError: missing, truncated or misfitting weights.
@@ -267,8 +282,14 @@ def load_weights(plan: dict[str, Weight], folder: Path, progress: str) -> Params
     return params
 
 
-def _load_one(checkpoint: Checkpoint, weight: Weight, pool: ThreadPoolExecutor) -> jax.Array:
+def _load_one(checkpoint: Checkpoint, weight: Weight, pool: ThreadPoolExecutor) -> jax.Array | MappedStack:
     struct = weight.struct
+    if weight.stacked and struct.sharding.mesh.size == 1 and jax.default_backend() == "cpu":
+        readers = [checkpoint.reader(source, struct.shape[1:]) for source in weight.sources]
+        mapped = checkpoint.maps.stack(readers, weight.sources, struct.shape[1:], np.dtype(struct.dtype), weight.rows)
+        if mapped is not None:
+            checkpoint.maps.touch(readers, weight.sources, pool)
+            return mapped
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     arrays = []
     for device, index in struct.sharding.addressable_devices_indices_map(struct.shape).items():

@@ -19,7 +19,6 @@ from torchax.interop import jax_view, torch_view
 
 from wan_common.denoiser import read_config
 from wan_common.errors import ArtifactError, NumericalError
-from wan_common.mesh import AXES, MeshShape, make_mesh
 from wan_common.sharding import VAE_RULES, divisible_axes
 from wan_common.torchax_bridge import (
     DTYPES,
@@ -86,12 +85,9 @@ class VaeDecoder:
         self._next = jax.jit(self.decode_next, donate_argnums=(2,), out_shardings=outputs)
 
     def picture_sharding(self, height: int, width: int) -> NamedSharding:
-        """Frames [1, C, f, h, w] (latent or pixel size) over all devices: by width, else height, else what divides."""
-        axes = tuple(axis for axis in AXES if self.mesh.shape[axis] > 1)
-        over_width, over_height = divisible_axes(axes, width, self.mesh), divisible_axes(axes, height, self.mesh)
-        if len(over_height) > len(over_width):
-            return NamedSharding(self.mesh, PartitionSpec(None, None, None, over_height or None, None))
-        return NamedSharding(self.mesh, PartitionSpec(None, None, None, None, over_width or None))
+        """Frames [1, C, f, h, w] (latent or pixel size): columns over sp, rows over tp (mesh.picture_mesh_shape)."""
+        rows, columns = divisible_axes(("tp",), height, self.mesh), divisible_axes(("sp",), width, self.mesh)
+        return NamedSharding(self.mesh, PartitionSpec(None, None, None, rows or None, columns or None))
 
     def denormalise(self, latents: jax.Array) -> jax.Array:
         """``z * latents_std + latents_mean`` in fp32, as the pipeline does before ``vae.decode``; then the compute dtype."""
@@ -190,13 +186,12 @@ def build_vae_decoder(config: dict[str, Any], mesh: Mesh, dtype: str = "bfloat16
     return VaeDecoder(module, vae.config, plan_weights(module, None, VAE_RULES, mesh, dtype), mesh, dtype)
 
 
-def load_vae_decoder(model_dir: Path, dtype: str = "bfloat16", mesh: Mesh | None = None) -> VaeDecoder:
-    """:func:`build_vae_decoder` for the ``vae`` folder of a diffusers model, with its weights (default mesh: all devices).
+def load_vae_decoder(model_dir: Path, dtype: str, mesh: Mesh) -> VaeDecoder:
+    """:func:`build_vae_decoder` for the ``vae`` folder of a diffusers model, with its weights.
 
     Raises:
         ArtifactError: no usable VAE in ``model_dir``.
     """
-    mesh = mesh or make_mesh(MeshShape(sp=len(jax.devices())))
     folder = model_dir / "vae"
     decoder = build_vae_decoder(read_config(folder, "AutoencoderKLWan"), mesh, dtype)
     decoder.params = load_weights(decoder.plan, folder, "VAE weights")
