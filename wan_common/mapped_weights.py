@@ -69,7 +69,9 @@ class MappedStack:
         else:
             flat = jax.lax.switch(place[0], [partial(cut, file) for file in self.files], place[1])
         block = flat.reshape(self.block_shape)
-        return block if self.rows is None else block[np.array(self.rows)]
+        if self.rows is None:
+            return block
+        return block.at[np.array(self.rows)].get(mode="promise_in_bounds", unique_indices=True)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """The stack as numpy, for inspection."""
@@ -88,7 +90,9 @@ class FileMaps:
         """The whole file in ``dtype``, from its first byte (the last odd bytes are left out)."""
         key = (reader.path, dtype)
         if key not in self._arrays:
-            whole = self._bytes.setdefault(reader.path, reader.map())
+            if reader.path not in self._bytes:
+                self._bytes[reader.path] = reader.map()
+            whole = self._bytes[reader.path]
             whole = whole[: whole.size - whole.size % dtype.itemsize]
             self._arrays[key] = jax.device_put(whole.view(dtype), jax.devices("cpu")[0])
         return self._arrays[key]
