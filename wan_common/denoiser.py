@@ -47,6 +47,7 @@ from wan_common.torchax_bridge import (
     load_weights,
     meta_module,
     plan_weights,
+    products_for,
     split_blocks,
 )  # fmt: skip
 
@@ -235,7 +236,8 @@ class Denoiser:
         stacked, rest = split_blocks(params, "blocks")
         self.blocks.bind(stacked)
         timesteps = jnp.broadcast_to(timestep, latents.shape[:1])
-        return call_module(self.model, rest, latents, timesteps, embeds, return_dict=False)[0]
+        with products_for(self.mesh):
+            return call_module(self.model, rest, latents, timesteps, embeds, return_dict=False)[0]
 
     def step(  # fmt: skip
         self, params: Params, state: State, embeds: jax.Array, timestep: jax.Array, guidance_scale: jax.Array, rows: dict[str, jax.Array],

@@ -29,6 +29,7 @@ from wan_common.torchax_bridge import (
     load_weights,
     meta_module,
     plan_weights,
+    products_for,
     split_blocks,
 )  # fmt: skip
 
@@ -52,7 +53,8 @@ class TextEncoder:
         self.blocks.bind(stacked)
         rest = {**rest, "encoder.embed_tokens.weight": rest["shared.weight"]}
         real = jnp.arange(token_ids.shape[1])[None] < lengths[:, None]
-        out = call_module(self.model, rest, token_ids, real.astype(jnp.int32))
+        with products_for(self.mesh):
+            out = call_module(self.model, rest, token_ids, real.astype(jnp.int32))
         return jnp.where(real[..., None], out.last_hidden_state, 0)
 
     def abstract_inputs(self, length: int) -> tuple[Any, ...]:

@@ -6,14 +6,17 @@ replaced by one :class:`ScannedBlocks`, so that the stock ``forward`` runs uncha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import mmap
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ logger = logging.getLogger("weights")
 DTYPES: dict[str, np.dtype] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Params = dict[str, Any]
+_wide_products: ContextVar[bool] = ContextVar("wide_products", default=False)
 READERS = min(8, os.cpu_count() or 1)  # threads that read weights; each holds at most one source tensor
 
 
@@ -47,9 +51,47 @@ def meta_module(build: Callable[[], torch.nn.Module]) -> Any:
         return build().eval().requires_grad_(False)
 
 
+@functools.cache
+def has_bfloat16_instructions() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 itself (Linux; elsewhere the answer is no)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16"} & set(text.split()))
+
+
+@contextlib.contextmanager
+def products_for(mesh: Mesh) -> Iterator[None]:
+    """Linear layers traced inside suit ``mesh``'s devices.
+
+    XLA's CPU backend has bfloat16 products only with a float32 result; asked for a bfloat16 one it converts both factors and
+    multiplies in float32, which takes 2.1 times as long on a CPU with bfloat16 instructions (docs/LOG.md). So there the
+    result is asked for in float32, as it is accumulated anyhow, and rounded afterwards.
+    """
+    wide = mesh.devices.flat[0].platform == "cpu" and has_bfloat16_instructions()
+    token = _wide_products.set(wide)
+    try:
+        yield
+    finally:
+        _wide_products.reset(token)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.linear, as torchax has it but for :func:`products_for`."""
+    x, w = jax_view(input), jax_view(weight)
+    wide = _wide_products.get() and x.dtype == w.dtype == jnp.bfloat16
+    out = jnp.einsum("...a,ba->...b", x, w, preferred_element_type=jnp.float32 if wide else None)
+    if wide:
+        out = out.astype(x.dtype)
+    return torch_view(out if bias is None else out + jax_view(bias))
+
+
 def call_module(module: torch.nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     """Run ``module`` under torchax with ``params`` (JAX arrays by name) in place of its own; JAX values in, JAX values out."""
-    with torchax.default_env(), torch.no_grad():
+    environment = torchax.default_env()
+    environment.override_op_definition(torch.nn.functional.linear, _linear)
+    with environment, torch.no_grad():
         out = torch.func.functional_call(module, torch_view(params), torch_view(args), torch_view(kwargs), tie_weights=False)
         return jax_view(out)
 
