@@ -127,6 +127,7 @@ def program_key(request: Request, stage: str) -> str:
         "schema": SCHEMA, "stage": stage, "config": config, "versions": versions, "libtpu_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
         **{name: fields[name] for name in relevant}, "mesh": str(stage_mesh_shape(request, stage)),
         "make_mesh": inspect.getsource(make_mesh),  # not the whole file: which mesh is the default does not decide a program
+        **{name: value for name, value in os.environ.items() if name.startswith("JAX_EXEC_TIME_OPT")},
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
     extra = [*(["attention_maps"] if request.store_words else []), *(["plan_baseline"] if request.baseline else [])]
