@@ -187,6 +187,21 @@ def test_resume_gives_the_same_files_as_an_uninterrupted_run(tmp_path: Path) -> 
     np.testing.assert_allclose(first, maps[:, 0].mean(axis=0), rtol=1e-6)
 
 
+def test_resume_clears_what_a_killed_writer_left(tmp_path: Path) -> None:
+    """In every folder: a kill may hit the steps, the means over them, or the video's metadata."""
+    maps = np.zeros((4, 1, 2, 3), np.float32)
+    with writer(tmp_path) as storage:
+        for step in range(4):
+            storage.step(step, maps, step)
+        storage.finish()
+    folders = [tmp_path / VIDEO_ID, *(path for path in (tmp_path / VIDEO_ID).iterdir() if path.is_dir())]
+    assert {"red", "aggregated"} < {folder.name for folder in folders}
+    for folder in folders:
+        (folder / ".tmp-half-written.npz").write_bytes(b"half")
+    with writer(tmp_path, start_step=4):
+        assert not list(tmp_path.rglob(".tmp-*"))
+
+
 def test_resume_refuses_steps_of_another_run_or_missing_ones(tmp_path: Path) -> None:
     maps = np.zeros((4, 1, 2, 3), np.float32)
     with writer(tmp_path) as storage:

@@ -540,7 +540,8 @@ class AttentionWriter:
             for group in self.groups:
                 (self.path / group.folder).mkdir(parents=True, exist_ok=True)
                 remove_temporaries(self.path / group.folder)
-            remove_temporaries(self.path)
+            for folder in (self.path, self.path / AGGREGATED):
+                remove_temporaries(folder)
             write_json(self.path / VIDEO_METADATA, self._description)
         except OSError as error:
             raise ArtifactError(f"{self.path}: cannot write here ({error.strerror}); choose another --output_dir") from error
