@@ -107,7 +107,6 @@ print(faults())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept() -> None:
     """A buffer of 64 MiB made for the second time faults no page in; by default it faults all of them."""
     pages = (64 << 20) // mmap.PAGESIZE
