@@ -1,11 +1,12 @@
 """Stages beside diffusers, in one run on this machine: seconds, ratios (below 1: ours is faster), peak memory. Last line: JSON.
 
-  python -m benchmarks.bench_stages [--repeats 3] [--skip denoise vae memory]
+  python -m benchmarks.bench_stages [--repeats 3] [--skip denoise vae memory] [--max_isa AVX2]
 
 - one denoising step of 4 blocks of the 1.3B shape, 1,280 tokens, batch 2, in fp32 and bf16, beside diffusers eager;
 - the published VAE's shape at 128x128, 13 frames, beside diffusers' vae.decode in fp32;
 - stage 3's peak memory at 81 frames beside 17 (each in a process of its own).
-Weights are random: speed does not depend on them.
+Weights are random: speed does not depend on them. The bf16 ratio says whether the CPU has bf16 instructions: diffusers has slow products
+where it has not, and as fast ones as ours where it has. ``--max_isa`` holds both programs to an older CPU's instructions.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,7 +126,8 @@ def decode_once(folder: str, frames: int) -> None:
     decoder = load_vae_decoder(Path(folder), "float32", make_mesh(MeshShape()))
     values = np.random.default_rng(0).standard_normal((1, 16, (frames - 1) // 4 + 1, PICTURE // 8, PICTURE // 8)).astype(np.float32)
     decode_video(decoder, Latents(values, {}, {}, {}, "", "", ""), Path(folder) / f"{frames}.mp4", 16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)  # getrusage's maximum would include the process that started this one
 
 
 def bench_memory() -> dict[str, float]:
@@ -141,24 +142,34 @@ def bench_memory() -> dict[str, float]:
     return {"peak_mib_17": round(peaks[17]), "peak_mib_81": round(peaks[81]), "ratio": round(peaks[81] / peaks[17], 3)}
 
 
+def hold_back(isa: str) -> None:
+    """Let neither XLA nor torch's libraries use newer instructions than ``isa``; before any of them is imported."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={isa}".strip()
+    os.environ["ONEDNN_MAX_CPU_ISA"] = {"AVX512": "AVX512_CORE"}.get(isa, isa)
+    os.environ["MKL_ENABLE_INSTRUCTIONS"] = isa
+    os.environ["ATEN_CPU_CAPABILITY"] = isa.lower()
+
+
 def main() -> None:
     """Run what was not skipped, print a line each and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["denoise", "vae", "memory"])
+    parser.add_argument("--max_isa", choices=["AVX2", "AVX512"], help="newest instructions that either program may use")
     parser.add_argument("--decode", nargs=2, metavar=("FOLDER", "FRAMES"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
         decode_once(args.decode[0], int(args.decode[1]))
         return
+    if args.max_isa:
+        hold_back(args.max_isa)
     from wan_common.mesh import prepare_jax
 
     prepare_jax()
-    results: dict[str, Any] = {"cores": os.cpu_count()}
+    results: dict[str, Any] = {"cores": os.cpu_count(), "max_isa": args.max_isa}
     if "denoise" not in args.skip:
         for dtype in ("float32", "bfloat16"):
-            # diffusers' bf16 step takes half a minute here: one repeat of it says enough
-            results[f"denoise_step_{dtype}"] = bench_denoise(dtype, args.repeats if dtype == "float32" else 1)
+            results[f"denoise_step_{dtype}"] = bench_denoise(dtype, args.repeats)
             print(dtype, results[f"denoise_step_{dtype}"], flush=True)
     if "vae" not in args.skip:
         results["vae_decode_float32"] = bench_vae(args.repeats)

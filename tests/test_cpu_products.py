@@ -1,4 +1,4 @@
-"""bfloat16 products on a CPU that has instructions for them."""
+"""What a CPU is given instead: bfloat16 products by its own instructions, convolutions of pictures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 from tests.test_loading import mesh_of
 from tests.tiny_models import build_tiny
 from wan_common import torchax_bridge
 from wan_common.denoiser import Denoiser, build_denoiser, read_config
+from wan_common.torchax_bridge import call_module
+from wan_common.vae import PlanarConv3d, build_vae_decoder, suit_convolutions
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +64,31 @@ def test_other_platforms_keep_their_products(folder: Path, monkeypatch: pytest.M
         with torchax_bridge.products_for(mesh):  # type: ignore[arg-type]
             assert torchax_bridge._wide_products.get() is wanted
         assert torchax_bridge._wide_products.get() is False
+
+
+@pytest.mark.parametrize("cached", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("frames", [1, 2, 4])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), ((3, 1, 1), (1, 0, 0)), ((3, 3, 1), (1, 1, 0)), (1, 0)])
+def test_planar_convolution(cached: int | None, frames: int, kernel: int | tuple[int, ...], padding: int | tuple[int, ...]) -> None:
+    """Equal to the stock causal convolution for every number of frames that the cache can hold (stock wants two at most)."""
+    generator = torch.Generator().manual_seed(0)
+    stock = WanCausalConv3d(5, 7, kernel, padding=padding).eval()  # type: ignore[arg-type]
+    x = torch.randn(1, 5, frames, 6, 9, generator=generator)
+    cache = None if cached is None else torch.randn(1, 5, cached, 6, 9, generator=generator)
+    kept = stock.kernel_size[0] - 1
+    with torch.no_grad():
+        wanted = stock(x, cache[:, :, max(cache.shape[2] - kept, 0) :] if cache is not None and kept else None)
+    params = {name: jnp.asarray(value.detach().numpy()) for name, value in stock.named_parameters()}
+    stock.__class__ = PlanarConv3d
+    ours = call_module(stock, params, jnp.asarray(x.numpy()), None if cache is None else jnp.asarray(cache.numpy()))
+    np.testing.assert_allclose(np.asarray(ours), wanted.numpy(), atol=2e-6)
+
+
+def test_only_cpus_get_planar_convolutions() -> None:
+    config = dict(AutoencoderKLWan(base_dim=8, num_res_blocks=1).config)
+    decoder = build_vae_decoder(config, mesh_of(1), "float32")
+    causal = [m for m in decoder.module.modules() if isinstance(m, WanCausalConv3d)]
+    assert len(causal) > 10 and all(isinstance(m, PlanarConv3d) for m in causal)
+    stock = AutoencoderKLWan.from_config(config)
+    suit_convolutions(stock, "tpu")
+    assert not any(isinstance(m, PlanarConv3d) for m in stock.modules())

@@ -53,7 +53,9 @@ def meta_module(build: Callable[[], torch.nn.Module]) -> Any:
 
 @functools.cache
 def has_bfloat16_instructions() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 itself (Linux; elsewhere the answer is no)."""
+    """Whether XLA may multiply bfloat16 by this CPU's own instructions (Linux; elsewhere, or under xla_cpu_max_isa, the answer is no)."""
+    if "--xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", ""):
+        return False
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
