@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchax.interop import jax_view, torch_view
 from tqdm import tqdm
 
+from wan_common.block_stacks import FileMaps, IntegerStack, MappedStack, integers
 from wan_common.errors import ArtifactError
-from wan_common.mapped_weights import FileMaps, MappedStack
 from wan_common.sharding import Rule, weight_spec
 from wan_common.tensor_io import SafetensorsReader
 
@@ -138,9 +138,9 @@ class ScannedBlocks(torch.nn.Module):
         self._stacked = stacked
 
     @staticmethod
-    def _cut(stacked: Params, rows: Params) -> Params:
-        """One block's weights: those of ``stacked`` that are mapped files are cut out of them."""
-        return {name: w.block(rows[name]) if isinstance(w := stacked[name], MappedStack) else rows[name] for name in stacked}
+    def _cut(stacked: Params, row: Params) -> Params:
+        """One block's weights, from its row of what the scan slices."""
+        return {name: w.block(row[name]) if isinstance(w, MappedStack | IntegerStack) else row[name] for name, w in stacked.items()}
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run all blocks on ``hidden_states``; the other arguments go to every block."""
@@ -154,20 +154,21 @@ class ScannedBlocks(torch.nn.Module):
             x = call_module(self.block, weights, x, *jax_args, **jax_kwargs)
             return (self._between(x) if self._between else x), (self.collect() if self.collect else None)
 
+        rows = {name: w.scanned if isinstance(w, MappedStack | IntegerStack) else w for name, w in stacked.items()}
         if self._gather is None:
-            rows = {name: w.places if isinstance(w, MappedStack) else w for name, w in stacked.items()}
             x, self.collected = jax.lax.scan(lambda x, row: run(x, self._cut(stacked, row)), x, rows)
         else:
             gather = self._gather
 
             def run_and_gather(carry: tuple[jax.Array, Params], following: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
                 x, weights = carry
-                fetched = gather(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, following, keepdims=False), stacked))
+                row = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, following, keepdims=False), rows)
+                fetched = gather(self._cut(stacked, row))
                 x, left = run(x, weights)
                 return (x, fetched), left
 
             count = next(iter(stacked.values())).shape[0]
-            first = gather(jax.tree.map(lambda w: w[0], stacked))
+            first = gather(self._cut(stacked, jax.tree.map(lambda w: w[0], rows)))
             (x, _), self.collected = jax.lax.scan(run_and_gather, (x, first), jnp.arange(1, count + 1) % count)
         if self._leave:
             x = self._leave(x)
@@ -312,7 +313,7 @@ def load_weights(plan: dict[str, Weight], folder: Path, progress: str) -> Params
     """Stream the weights of ``plan`` from ``folder`` into their device shards.
 
     Each process reads only what its devices hold. One CPU device gets the blocks' weights as they lie in the files, mapped
-    (wan_common.mapped_weights), when their dtype is the computation's. Otherwise a shard is filled in place, block by block, from
+    (wan_common.block_stacks), when their dtype is the computation's. Otherwise a shard is filled in place, block by block, from
     the page cache, so that the memory above the weights themselves stays at one source tensor (plus, off the CPU, one shard on its
     way to the device).
 
@@ -326,22 +327,26 @@ def load_weights(plan: dict[str, Weight], folder: Path, progress: str) -> Params
     return params
 
 
-def _load_one(checkpoint: Checkpoint, weight: Weight, pool: ThreadPoolExecutor) -> jax.Array | MappedStack:
-    struct = weight.struct
-    if weight.stacked and struct.sharding.mesh.size == 1 and jax.default_backend() == "cpu":
+def _load_one(checkpoint: Checkpoint, weight: Weight, pool: ThreadPoolExecutor) -> jax.Array | MappedStack | IntegerStack:
+    struct, dtype = weight.struct, np.dtype(weight.struct.dtype)
+    on_cpu = weight.stacked and struct.sharding.mesh.devices.flat[0].platform == "cpu"
+    if on_cpu and struct.sharding.mesh.size == 1:
         readers = [checkpoint.reader(source, struct.shape[1:]) for source in weight.sources]
-        mapped = checkpoint.maps.stack(readers, weight.sources, struct.shape[1:], np.dtype(struct.dtype), weight.rows)
+        mapped = checkpoint.maps.stack(readers, weight.sources, struct.shape[1:], dtype, weight.rows)
         if mapped is not None:
             checkpoint.maps.touch(readers, weight.sources, pool)
             return mapped
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     arrays = []
+    as_integers = on_cpu and dtype == jnp.bfloat16
     for device, index in struct.sharding.addressable_devices_indices_map(struct.shape).items():
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, struct.shape, strict=True))
         if bounds not in shards:
-            shards[bounds] = _fill_shard(checkpoint, weight, tuple(slice(*b) for b in bounds), pool)
+            filled = _fill_shard(checkpoint, weight, tuple(slice(*b) for b in bounds), pool)
+            shards[bounds] = filled.view(integers(dtype)) if as_integers else filled
         arrays.append(jax.device_put(shards[bounds], device))
-    return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, arrays)
+    whole = jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, arrays)
+    return IntegerStack(whole, dtype) if as_integers else whole
 
 
 def _fill_shard(checkpoint: Checkpoint, weight: Weight, index: tuple[slice, ...], pool: ThreadPoolExecutor) -> np.ndarray:

@@ -75,13 +75,14 @@ class PlanarConv3d(WanCausalConv3d):
         frames = x if cache_x is None or not before else torch.cat([cache_x[:, :, -before:], x], dim=2)
         planes = jax_view(frames)[0].transpose(1, 0, 2, 3)  # frames are the batch of a two-dimensional convolution
         kernel, bias, count = jax_view(self.weight), jax_view(self.bias), x.shape[2]
-        padding = [(self._padding[2],) * 2, (self._padding[0],) * 2]
+        down, across = int(self._padding[2]), int(self._padding[0])
         total = bias[None, :, None, None]
         for tap in range(taps):
             start = tap - (taps - 1 - before)  # the frame that this tap multiplies for the first output
             if start + count <= 0:
                 continue
-            part = jax.lax.conv_general_dilated(planes[max(start, 0) : start + count], kernel[:, :, tap], (1, 1), padding)
+            seen = planes[max(start, 0) : start + count]
+            part = jax.lax.conv_general_dilated(seen, kernel[:, :, tap], (1, 1), ((down, down), (across, across)))
             total = total + (jnp.pad(part, ((-start, 0), (0, 0), (0, 0), (0, 0))) if start < 0 else part)
         return torch_view(total.transpose(1, 0, 2, 3)[None])
 
