@@ -16,8 +16,9 @@ from tests.test_loading import mesh_of
 from tests.tiny_models import build_tiny
 from wan_common import torchax_bridge
 from wan_common.denoiser import Denoiser, build_denoiser, read_config
+from wan_common.planar_convolution import PlanarConv3d, suit_convolutions
 from wan_common.torchax_bridge import call_module
-from wan_common.vae import PlanarConv3d, build_vae_decoder, suit_convolutions
+from wan_common.vae import build_vae_decoder
 
 
 @pytest.fixture(scope="module")
