@@ -128,8 +128,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep the memory that XLA's CPU client frees after each step, for the next one.
 
     By default every large buffer is mapped anew and all its pages are faulted in again: a step of 4 blocks of the 1.3B shape
-    took 6.2 to 7.1 s instead of 5.6 to 6.2 s (docs/LOG.md). The peak does not change. Above 2 GiB at its end the heap does shrink:
-    one that a 14B model on the meta device had grown to 38 GB, untouched, made every fork fail. Elsewhere than on glibc nothing happens.
+    took 6.2 to 7.1 s instead of 5.6 to 6.2 s (docs/LOG.md). The peak does not change. Above 2 GiB of free memory at its end
+    the heap shrinks: what is kept counts at every fork, touched or not. Elsewhere than on glibc nothing happens.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h
     try:
