@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import glob
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from wan_common.errors import UsageError
@@ -124,6 +126,9 @@ def prepare_jax(cache_dir: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # seed 001
 
 
+_heap_is_kept = [False]
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep the memory that XLA's CPU client frees after each step, for the next one.
 
@@ -139,6 +144,20 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 2**31 - 1)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 << 20)
+    _heap_is_kept[0] = True
+
+
+@contextlib.contextmanager
+def large_buffers_returned() -> Iterator[None]:
+    """Large buffers made inside go back to the system when freed, also after :func:`keep_freed_memory`."""
+    kept = _heap_is_kept[0]
+    if kept:
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    try:
+        yield
+    finally:
+        if kept:
+            ctypes.CDLL(None).mallopt(-3, 2**31 - 1)
 
 
 def describe_devices() -> dict[str, object]:
